@@ -1,0 +1,1 @@
+"""What two processes must agree on. Knows nothing of models, requests' meaning or policy."""

@@ -1,0 +1,125 @@
+"""The rules that the values of a pod's settings must obey, each checked in one place.
+
+A broken rule is a `ConfigError` of one line: the setting, its value, the rule.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bus.config import PodConfig
+
+_COUNT = (1, 64)
+_MS = (1, 3_600_000)
+_RANGES: dict[str, tuple[int, int]] = {
+    "topology.dp_groups": _COUNT,
+    "topology.expert_workers": _COUNT,
+    "scheduler.max_num_seqs": (1, 4096),
+    "scheduler.max_num_batched_tokens": (1, 65_536),
+    "scheduler.max_waiting_requests": (1, 1_000_000),
+    "scheduler.max_model_len": (0, 10_000_000),
+    "kv.block_tokens": (1, 1024),
+    "kv.cache_tokens": (1, 100_000_000),
+    "xccl.spin_us": (0, 10_000),
+    "xccl.poll_interval_ms": (1, 1_000),
+    "xccl.stall_timeout_ms": _MS,
+    "xccl.peer_wait_timeout_ms": _MS,
+    "xccl.shared_bytes_max": (1 << 20, 1 << 50),
+    "heartbeat.interval_ms": (10, 60_000),
+    "heartbeat.hang_timeout_ms": _MS,
+    "heartbeat.lock_poll_interval_ms": (10, 60_000),
+    "launcher.restart_backoff_ms": _MS,
+    "launcher.restart_backoff_ms_max": _MS,
+    "launcher.start_timeout_ms": _MS,
+    "launcher.stop_timeout_ms": _MS,
+    "gateway.port": (0, 65_535),
+    "gateway.body_bytes_max": (1024, 1 << 30),
+    "gateway.retry_attempts_max": (0, 1_000),
+    "gateway.retry_window_ms": _MS,
+    "gateway.backlog_tokens_max": (1, 100_000_000),
+}
+_POD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_LOG_FORMATS = ("console", "json")
+_SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its terminator
+_LONGEST_SOCKET_NAME = "scheduler-63.4294967295.sock"
+
+
+def validate(config: PodConfig) -> None:
+    """Check every value against its rule.
+
+    Raises:
+        ConfigError: names the setting, its value and the rule.
+    """
+    for name, (low, high) in _RANGES.items():
+        value = _value(config, name)
+        _require(isinstance(value, int) and low <= value <= high, name, value, f"must be {low}..{high}")
+    _require(
+        _POD_NAME.fullmatch(config.pod) is not None, "pod", config.pod, f"must match {_POD_NAME.pattern}"
+    )
+    _require(bool(config.model), "model", config.model, "must be a folder, or demo")
+    levels, formats = ", ".join(_LOG_LEVELS), ", ".join(_LOG_FORMATS)
+    _require(config.log_level in _LOG_LEVELS, "log_level", config.log_level, f"must be one of {levels}")
+    _require(config.log_format in _LOG_FORMATS, "log_format", config.log_format, f"must be one of {formats}")
+    _require(bool(config.gateway.host), "gateway.host", config.gateway.host, "must be a host name or address")
+    _validate_relations(config)
+    _validate_runtime_dir(config)
+
+
+def _validate_relations(config: PodConfig) -> None:
+    kv, beat, launcher, scheduler = config.kv, config.heartbeat, config.launcher, config.scheduler
+    power_of_two = kv.block_tokens & (kv.block_tokens - 1) == 0
+    _require(power_of_two, "kv.block_tokens", kv.block_tokens, "must be a power of two")
+    whole = kv.cache_tokens % kv.block_tokens == 0
+    _require(
+        whole,
+        "kv.cache_tokens",
+        kv.cache_tokens,
+        f"must be a multiple of kv.block_tokens = {kv.block_tokens}",
+    )
+    _require(
+        scheduler.max_num_batched_tokens >= scheduler.max_num_seqs,
+        "scheduler.max_num_batched_tokens",
+        scheduler.max_num_batched_tokens,
+        f"must be at least scheduler.max_num_seqs = {scheduler.max_num_seqs}",
+    )
+    _require(
+        beat.hang_timeout_ms >= 3 * beat.interval_ms,
+        "heartbeat.hang_timeout_ms",
+        beat.hang_timeout_ms,
+        f"must be at least 3 x heartbeat.interval_ms = {3 * beat.interval_ms}",
+    )
+    _require(
+        launcher.restart_backoff_ms_max >= launcher.restart_backoff_ms,
+        "launcher.restart_backoff_ms_max",
+        launcher.restart_backoff_ms_max,
+        f"must be at least launcher.restart_backoff_ms = {launcher.restart_backoff_ms}",
+    )
+
+
+def _validate_runtime_dir(config: PodConfig) -> None:
+    if not config.runtime_dir:
+        return
+    folder = Path(config.runtime_dir)
+    length_bytes = len(os.fsencode(folder / _LONGEST_SOCKET_NAME))
+    room = _SOCKET_PATH_BYTES_MAX - len(_LONGEST_SOCKET_NAME) - 1
+    rule = f"must be at most {room} bytes long, or Unix sockets cannot live in it"
+    _require(length_bytes <= _SOCKET_PATH_BYTES_MAX, "runtime_dir", str(folder), rule)
+
+
+def _value(config: PodConfig, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: {rule}")

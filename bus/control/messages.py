@@ -1,0 +1,290 @@
+"""The wire of the control plane, and only the wire. Helpers live elsewhere.
+
+Every message is a frozen struct whose `type` tag travels with it. Commands are imperative, facts are past
+tense, snapshots are nouns. Unknown fields fail. Bodies are orjson, validated into these structs by
+`bus.control.codec`. Any change other than appending a field with a default raises `SCHEMA_VERSION`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+ServiceName = Literal["gateway", "manager", "shell", "scheduler", "attention", "expert", "prefill"]
+MemberState = Literal["starting", "ready", "stopping", "dead"]
+FinishReason = Literal["", "stop", "length", "abort"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+# --------------------------------------------------------------------------- membership (member <-> manager)
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One process as the manager sees it."""
+
+    service: ServiceName
+    index: int
+    incarnation: int
+    pid: int
+    state: MemberState
+    endpoint: str = ""  # ZeroMQ address that this incarnation serves; "" when it serves none
+    segment: str = ""  # its data-plane segment; "" when it has none
+    http: str = ""  # the gateway's base URL
+    heartbeat_age_ms: int = 0
+    counters: dict[str, int] = {}  # work counted where it happened, e.g. expert_rows
+    detail: str = ""  # one line for people, e.g. "loading weights 3/8"
+
+
+class PodMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Snapshot of the pod. `epoch` grows with every change; an older map than the one held is ignored."""
+
+    pod: str
+    epoch: int
+    members: tuple[Member, ...] = ()
+    healthy: bool = False  # every configured member is ready
+    serving_dp_groups: tuple[
+        int, ...
+    ] = ()  # groups whose scheduler, attention worker and all experts are ready
+    expert_map_version: int = 0
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """Member -> manager, DEALER to ROUTER, at start and whenever the manager asks. Idempotent by incarnation."""
+
+    pod: str
+    service: ServiceName
+    index: int
+    incarnation: int
+    pid: int
+    config_sha: str
+    schema_version: int = SCHEMA_VERSION
+    state: MemberState = "starting"
+    endpoint: str = ""
+    segment: str = ""
+    http: str = ""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Manager -> member: accepted; here is the map."""
+
+    pod_map: PodMap
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """Manager -> member: not accepted. The member logs `reason` and exits with code 4."""
+
+    reason: str
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Member -> manager, sent by the loop it vouches for: at news, else rarely. Loss is harmless."""
+
+    service: ServiceName
+    index: int
+    incarnation: int
+    state: MemberState
+    counters: dict[str, int] = {}
+    detail: str = ""
+    epoch: int = (
+        0  # of the map that the member holds; the manager sends the map again when it is older than its own
+    )
+
+
+class IdentifyYourself(Message, frozen=True, kw_only=True):
+    """Manager -> member: I do not know you (I restarted); send `Hello`."""
+
+
+class PodMapPublished(Message, frozen=True, kw_only=True):
+    """Manager -> every member on every change. A whole snapshot; loss is healed by the next."""
+
+    pod_map: PodMap
+
+
+class Goodbye(Message, frozen=True, kw_only=True):
+    """Member -> manager: clean stop. At most once."""
+
+    service: ServiceName
+    index: int
+    incarnation: int
+
+
+class GetStatus(Message, frozen=True, kw_only=True):
+    """`xds status` -> manager. Answered with `Status`."""
+
+    request_id: str
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """Manager -> `xds status`."""
+
+    request_id: str
+    pod_map: PodMap
+
+
+# --------------------------------------------------------------------------- requests (gateway <-> scheduler)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drawn. `temperature` 0 is greedy. `seed` is always set: the gateway draws one if absent."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    seed: int = 0  # 63-bit; with the absolute position it keys the counter-based generator
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1  # -1 = none; n >= 0 = the sampled token's and the n likeliest
+    prompt_logprobs: int = -1  # likewise for every prompt token but the first
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Natural-log probability of one token and of the likeliest, best first (model's distribution, temperature 1)."""
+
+    token_id: int
+    logprob: float
+    rank: int = 0  # 1 = the likeliest
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class AddRequest(Message, frozen=True, kw_only=True):
+    """Gateway -> scheduler. Idempotent by (request_id, attempt).
+
+    `output_token_ids` are tokens that the client already has (an earlier attempt made them); generation goes
+    on after them, and `max_tokens` counts them.
+    """
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams
+
+
+class RequestAccepted(Message, frozen=True, kw_only=True):
+    """Scheduler -> gateway: queued."""
+
+    request_id: str
+    attempt: int
+
+
+class RequestRejected(Message, frozen=True, kw_only=True):
+    """Scheduler -> gateway: not queued. `queue_full` may be retried elsewhere or later; the rest may not."""
+
+    request_id: str
+    attempt: int
+    code: Literal["queue_full", "too_long", "not_ready", "invalid"]
+    message: str
+
+
+class AbortRequest(Message, frozen=True, kw_only=True):
+    """Gateway -> scheduler: the client left, or a stop string was met. Unknown ids are ignored."""
+
+    request_id: str
+    attempt: int
+
+
+class TokensGenerated(Message, frozen=True, kw_only=True):
+    """Scheduler -> gateway. Idempotent by (request_id, first_index): an index seen before is dropped.
+
+    `first_index` counts output tokens from 0 over all attempts. A `finish_reason` other than "" is the last
+    word.
+    """
+
+    request_id: str
+    attempt: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # once, with the first tokens: prompt positions 1..n-1
+    finish_reason: FinishReason = ""
+    stop_token_id: int = -1  # the token that stopped it, when finish_reason is "stop"
+    num_cached_tokens: int = 0
+
+
+class RequestFailed(Message, frozen=True, kw_only=True):
+    """Scheduler -> gateway: cannot go on. `retryable` = the same request may be tried on another DP group."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+    retryable: bool = False
+
+
+# --------------------------------------------------------------------------- steps (scheduler <-> attention worker)
+
+
+class ExecutorReady(Message, frozen=True, kw_only=True):
+    """Attention worker -> its scheduler, on connecting and until acknowledged by a plan. Starts a fresh session."""
+
+    index: int
+    incarnation: int
+    num_blocks: int
+    block_tokens: int
+    max_model_len: int
+    vocab_size: int
+
+
+class PlannedSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to compute for one request in one step.
+
+    `token_ids` are computed at positions start .. start+n-1 into `block_table`; if `sample`, one token is
+    drawn from the last position's logits. Self-contained, so that a step can be repeated by a restarted
+    worker.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    sample: bool
+    sampling: SamplingParams | None = None  # present when `sample` or when prompt logprobs are wanted
+    num_prompt_tokens: int = 0
+    allow_stop: bool = True  # False while fewer than min_tokens are out: eos and stop ids are masked
+    next_prompt_token_ids: tuple[int, ...] = ()  # for prompt logprobs: the token after each row that has one
+
+
+class StepPlan(Message, frozen=True, kw_only=True):
+    """Scheduler -> attention worker. `step_id` grows by one; a plan of an older scheduler incarnation is ignored."""
+
+    step_id: int
+    scheduler_incarnation: int
+    sequences: tuple[PlannedSequence, ...]
+
+
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The token drawn for one planned sequence."""
+
+    request_id: str
+    token_id: int  # -1 when the sequence did not sample in this step
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class StepCompleted(Message, frozen=True, kw_only=True):
+    """Attention worker -> scheduler."""
+
+    step_id: int
+    incarnation: int
+    sampled: tuple[SampledToken, ...]
+    duration_us: int = 0
+    attempts: int = 1
+
+
+class StepFailed(Message, frozen=True, kw_only=True):
+    """Attention worker -> scheduler: the step cannot be done (an expert stayed away); its requests are failed."""
+
+    step_id: int
+    incarnation: int
+    code: str
+    message: str

@@ -1,0 +1,695 @@
+/* Atomics, futexes, doorbells, seqlock cells and a copy loop over any writable buffer.
+ *
+ * Python gives no memory ordering, so every word that two processes share is read and written here.
+ * Each release store and the acquire load that pairs with it carry the same "SYNC: <label>" comment;
+ * bus/memory/layout.py lists which word uses which pair. Every call checks its own bounds: a bad
+ * offset raises IndexError, an unaligned one ValueError, and neither touches memory.
+ *
+ * Futexes are shared (not FUTEX_PRIVATE_FLAG): waiter and waker are different processes.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NS_PER_S 1000000000LL
+#define GIL_COPY_BYTES 16384   /* copies at least this long release the GIL */
+#define RELAX_ROUNDS 64        /* polls with a CPU relax before the spin begins to yield the core */
+#define CELL_WORDS 4
+#define CELL_BYTES 32
+
+_Static_assert(sizeof(unsigned long long) == 8, "u64 is parsed as unsigned long long");
+_Static_assert(__atomic_always_lock_free(8, 0), "shared words need lock-free 64-bit atomics");
+
+/* ---------------------------------------------------------------- arguments */
+
+static int
+check_count(const char *name, Py_ssize_t given, Py_ssize_t wanted)
+{
+    if (given == wanted) {
+        return 0;
+    }
+    PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, got %zd", name, wanted, given);
+    return -1;
+}
+
+static int
+parse_unsigned(PyObject *object, const char *name, uint64_t max, uint64_t *out)
+{
+    unsigned long long value = PyLong_AsUnsignedLongLong(object);
+    if (value == (unsigned long long)-1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            return -1;
+        }
+        PyErr_Clear();
+    }
+    else if (value <= max) {
+        *out = value;
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: %R is outside 0..%llu", name, object, (unsigned long long)max);
+    return -1;
+}
+
+/* A delta may be negative; it wraps modulo 2**64 like the word it is added to. */
+static int
+parse_delta(PyObject *object, uint64_t *out)
+{
+    int overflow = 0;
+    long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (value == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (overflow == 0) {
+        *out = (uint64_t)value;
+        return 0;
+    }
+    if (overflow < 0) {
+        PyErr_Format(PyExc_ValueError, "delta: %R does not fit 64 bits", object);
+        return -1;
+    }
+    return parse_unsigned(object, "delta", UINT64_MAX, out);
+}
+
+static int
+parse_duration(PyObject *object, const char *name, int64_t *out)
+{
+    uint64_t value;
+    if (parse_unsigned(object, name, INT64_MAX, &value) < 0) {
+        return -1;
+    }
+    *out = (int64_t)value;
+    return 0;
+}
+
+static int
+parse_size(PyObject *object, const char *name, Py_ssize_t *out)
+{
+    Py_ssize_t value = PyNumber_AsSsize_t(object, PyExc_IndexError);
+    if (value == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (value < 0) {
+        PyErr_Format(PyExc_IndexError, "%s: %zd is negative", name, value);
+        return -1;
+    }
+    *out = value;
+    return 0;
+}
+
+/* Export `object`'s bytes and return the address of [offset, offset + size) in them, NULL on error.
+ * On success the caller must PyBuffer_Release(view). `align` is a power of two, checked on the address. */
+static char *
+open_range(PyObject *object, Py_ssize_t offset, Py_ssize_t size, size_t align, int flags, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, flags) < 0) {
+        return NULL;
+    }
+    if (size > view->len || offset > view->len - size) {
+        PyErr_Format(PyExc_IndexError, "offset: %zd + %zd bytes is outside a buffer of %zd bytes", offset,
+                     size, view->len);
+        PyBuffer_Release(view);
+        return NULL;
+    }
+    char *address = (char *)view->buf + offset;
+    if (((uintptr_t)address & (align - 1)) != 0) {
+        PyErr_Format(PyExc_ValueError, "offset: %zd is not aligned to %zu bytes", offset, align);
+        PyBuffer_Release(view);
+        return NULL;
+    }
+    return address;
+}
+
+static char *
+open_word(PyObject *object, PyObject *offset_object, Py_ssize_t width, int flags, Py_buffer *view)
+{
+    Py_ssize_t offset;
+    if (parse_size(offset_object, "offset", &offset) < 0) {
+        return NULL;
+    }
+    return open_range(object, offset, width, (size_t)width, flags, view);
+}
+
+/* ---------------------------------------------------------------- words */
+
+static PyObject *
+load_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    if (check_count("load_u32", nargs, 2) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_SIMPLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t value = __atomic_load_n((uint32_t *)address, __ATOMIC_ACQUIRE); /* SYNC: word */
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(value);
+}
+
+static PyObject *
+load_u64(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    if (check_count("load_u64", nargs, 2) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 8, PyBUF_SIMPLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint64_t value = __atomic_load_n((uint64_t *)address, __ATOMIC_ACQUIRE); /* SYNC: word */
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLongLong(value);
+}
+
+static PyObject *
+store_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t value;
+    if (check_count("store_u32", nargs, 3) < 0 || parse_unsigned(args[2], "value", UINT32_MAX, &value) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    __atomic_store_n((uint32_t *)address, (uint32_t)value, __ATOMIC_RELEASE); /* SYNC: word */
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+store_u64(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t value;
+    if (check_count("store_u64", nargs, 3) < 0 || parse_unsigned(args[2], "value", UINT64_MAX, &value) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 8, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    __atomic_store_n((uint64_t *)address, value, __ATOMIC_RELEASE); /* SYNC: word */
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+fetch_add_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t delta;
+    if (check_count("fetch_add_u32", nargs, 3) < 0 || parse_delta(args[2], &delta) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t old = __atomic_fetch_add((uint32_t *)address, (uint32_t)delta, __ATOMIC_SEQ_CST); /* SYNC: word */
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(old);
+}
+
+static PyObject *
+fetch_add_u64(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t delta;
+    if (check_count("fetch_add_u64", nargs, 3) < 0 || parse_delta(args[2], &delta) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 8, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint64_t old = __atomic_fetch_add((uint64_t *)address, delta, __ATOMIC_SEQ_CST); /* SYNC: word */
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLongLong(old);
+}
+
+static PyObject *
+cas_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t expected, desired;
+    if (check_count("cas_u32", nargs, 4) < 0 || parse_unsigned(args[2], "expected", UINT32_MAX, &expected) < 0 ||
+        parse_unsigned(args[3], "desired", UINT32_MAX, &desired) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t wanted = (uint32_t)expected;
+    int done = __atomic_compare_exchange_n((uint32_t *)address, &wanted, (uint32_t)desired, 0, __ATOMIC_SEQ_CST,
+                                           __ATOMIC_SEQ_CST); /* SYNC: word */
+    PyBuffer_Release(&view);
+    return PyBool_FromLong(done);
+}
+
+/* ---------------------------------------------------------------- waiting */
+
+static int64_t
+now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * NS_PER_S + now.tv_nsec;
+}
+
+static int64_t
+deadline_after(int64_t start, int64_t duration)
+{
+    return duration > INT64_MAX - start ? INT64_MAX : start + duration;
+}
+
+static inline void
+cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) || defined(__arm__)
+    __asm__ __volatile__("yield" ::: "memory");
+#else
+    __asm__ __volatile__("" ::: "memory");
+#endif
+}
+
+/* Wake up to `count` sleepers of `word`; returns how many, or -1 with errno set. */
+static long
+wake_sleepers(uint32_t *word, int count)
+{
+    return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
+}
+
+/* Sleep while *word == expected, until the absolute monotonic `deadline`. Called with the GIL held.
+ * 1: woken, or the value differs (may be spurious); 0: deadline passed; -1: a Python error is set. */
+static int
+sleep_on(uint32_t *word, uint32_t expected, int64_t deadline)
+{
+    struct timespec until = {.tv_sec = deadline / NS_PER_S, .tv_nsec = deadline % NS_PER_S};
+    for (;;) {
+        int error = 0;
+        Py_BEGIN_ALLOW_THREADS
+        if (syscall(SYS_futex, word, FUTEX_WAIT_BITSET, expected, &until, NULL, FUTEX_BITSET_MATCH_ANY) < 0) {
+            error = errno;
+        }
+        Py_END_ALLOW_THREADS
+        if (error == 0 || error == EAGAIN) {
+            return 1;
+        }
+        if (error == ETIMEDOUT) {
+            return 0;
+        }
+        if (error != EINTR) {
+            errno = error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        if (PyErr_CheckSignals() < 0) {
+            return -1;
+        }
+    }
+}
+
+/* Poll *word until it differs from `expected` or `until` passes; the GIL is released.
+ * A few polls relax the CPU only; then each gives the core away, since the writer may need this very core. */
+static uint32_t
+spin_on(uint32_t *word, uint32_t expected, int64_t until)
+{
+    uint32_t value = expected;
+    Py_BEGIN_ALLOW_THREADS
+    for (int round = 0;; round++) {
+        value = __atomic_load_n(word, __ATOMIC_ACQUIRE); /* SYNC: word */
+        if (value != expected) {
+            break;
+        }
+        if (round < RELAX_ROUNDS) {
+            cpu_relax();
+            continue;
+        }
+        if (now_ns() >= until) {
+            break;
+        }
+        sched_yield();
+    }
+    Py_END_ALLOW_THREADS
+    return value;
+}
+
+static PyObject *
+futex_wait(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t expected;
+    int64_t timeout;
+    if (check_count("futex_wait", nargs, 4) < 0 || parse_unsigned(args[2], "expected", UINT32_MAX, &expected) < 0 ||
+        parse_duration(args[3], "timeout_ns", &timeout) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_SIMPLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    int outcome = sleep_on((uint32_t *)address, (uint32_t)expected, deadline_after(now_ns(), timeout));
+    PyBuffer_Release(&view);
+    return outcome < 0 ? NULL : PyBool_FromLong(outcome);
+}
+
+static PyObject *
+futex_wake(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t count;
+    if (check_count("futex_wake", nargs, 3) < 0 || parse_unsigned(args[2], "count", INT_MAX, &count) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_SIMPLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    long woken = wake_sleepers((uint32_t *)address, (int)count);
+    PyBuffer_Release(&view);
+    return woken < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(woken);
+}
+
+/* Spin, then sleep, until *word differs from `expected`. Returns -1 with a Python error set, else 0. */
+static int
+await_change(uint32_t *word, uint32_t expected, int64_t spin, int64_t deadline, uint32_t *sleepers, uint32_t *value)
+{
+    *value = __atomic_load_n(word, __ATOMIC_ACQUIRE); /* SYNC: word */
+    if (*value != expected) {
+        return 0;
+    }
+    int64_t spin_until = deadline_after(now_ns(), spin);
+    if (spin > 0) {
+        *value = spin_on(word, expected, spin_until < deadline ? spin_until : deadline);
+        if (*value != expected) {
+            return 0;
+        }
+    }
+    if (sleepers != NULL) {
+        __atomic_fetch_add(sleepers, 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+    }
+    int outcome = 1;
+    for (;;) {
+        *value = __atomic_load_n(word, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+        if (*value != expected || outcome <= 0) {
+            break;
+        }
+        outcome = sleep_on(word, expected, deadline);
+    }
+    if (sleepers != NULL) {
+        __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
+    }
+    return outcome < 0 ? -1 : 0;
+}
+
+static PyObject *
+wait_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t expected;
+    int64_t spin, timeout;
+    if (check_count("wait_u32", nargs, 5) < 0 || parse_unsigned(args[2], "expected", UINT32_MAX, &expected) < 0 ||
+        parse_duration(args[3], "spin_ns", &spin) < 0 || parse_duration(args[4], "timeout_ns", &timeout) < 0) {
+        return NULL;
+    }
+    char *address = open_word(args[0], args[1], 4, PyBUF_SIMPLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t value;
+    int outcome = await_change((uint32_t *)address, (uint32_t)expected, spin, deadline_after(now_ns(), timeout), NULL,
+                               &value);
+    PyBuffer_Release(&view);
+    return outcome < 0 ? NULL : PyLong_FromUnsignedLong(value);
+}
+
+/* ---------------------------------------------------------------- doorbell {seq u32, sleepers u32} */
+
+static char *
+open_doorbell(PyObject *object, PyObject *offset_object, Py_buffer *view)
+{
+    Py_ssize_t offset;
+    if (parse_size(offset_object, "offset", &offset) < 0) {
+        return NULL;
+    }
+    return open_range(object, offset, 8, 4, PyBUF_WRITABLE, view);
+}
+
+static PyObject *
+ring_doorbell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    if (check_count("ring_doorbell", nargs, 2) < 0) {
+        return NULL;
+    }
+    char *address = open_doorbell(args[0], args[1], &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t *words = (uint32_t *)address;
+    /* Both sides write one word, then read the other's, in one total order (seq_cst): either the ringer sees
+     * the sleeper's mark, or the sleeper sees the new seq. The kernel's own check covers the rest. */
+    uint32_t seq = __atomic_add_fetch(&words[0], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
+    long woken = 0;
+    if (__atomic_load_n(&words[1], __ATOMIC_SEQ_CST) != 0) { /* SYNC: doorbell */
+        woken = wake_sleepers(&words[0], INT_MAX);
+    }
+    PyBuffer_Release(&view);
+    return woken < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromUnsignedLong(seq);
+}
+
+static PyObject *
+wait_doorbell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    uint64_t seen;
+    int64_t spin, timeout;
+    if (check_count("wait_doorbell", nargs, 5) < 0 || parse_unsigned(args[2], "seen", UINT32_MAX, &seen) < 0 ||
+        parse_duration(args[3], "spin_ns", &spin) < 0 || parse_duration(args[4], "timeout_ns", &timeout) < 0) {
+        return NULL;
+    }
+    char *address = open_doorbell(args[0], args[1], &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t *words = (uint32_t *)address;
+    uint32_t value;
+    int outcome =
+        await_change(&words[0], (uint32_t)seen, spin, deadline_after(now_ns(), timeout), &words[1], &value);
+    PyBuffer_Release(&view);
+    return outcome < 0 ? NULL : PyLong_FromUnsignedLong(value);
+}
+
+/* ---------------------------------------------------------------- cells */
+
+static uint64_t *
+open_cell(PyObject *object, PyObject *offset_object, int flags, Py_buffer *view)
+{
+    Py_ssize_t offset;
+    if (parse_size(offset_object, "offset", &offset) < 0) {
+        return NULL;
+    }
+    if (offset % CELL_BYTES != 0) {
+        PyErr_Format(PyExc_ValueError, "offset: %zd is not aligned to %d bytes", offset, CELL_BYTES);
+        return NULL;
+    }
+    return (uint64_t *)open_range(object, offset, CELL_BYTES, 8, flags, view);
+}
+
+static PyObject *
+write_cell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    static const char *const names[CELL_WORDS] = {"w0", "w1", "w2", "w3"};
+    Py_buffer view;
+    uint64_t words[CELL_WORDS];
+    if (check_count("write_cell", nargs, 2 + CELL_WORDS) < 0) {
+        return NULL;
+    }
+    for (int i = 0; i < CELL_WORDS; i++) {
+        if (parse_unsigned(args[2 + i], names[i], UINT64_MAX, &words[i]) < 0) {
+            return NULL;
+        }
+    }
+    uint64_t *cell = open_cell(args[0], args[1], PyBUF_WRITABLE, &view);
+    if (cell == NULL) {
+        return NULL;
+    }
+    __atomic_store_n(&cell[0], 0, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* SYNC: cell-torn (w0 = 0 is visible before any new word) */
+    for (int i = 1; i < CELL_WORDS; i++) {
+        __atomic_store_n(&cell[i], words[i], __ATOMIC_RELAXED);
+    }
+    __atomic_store_n(&cell[0], words[0], __ATOMIC_RELEASE); /* SYNC: cell-whole */
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+read_cell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    if (check_count("read_cell", nargs, 2) < 0) {
+        return NULL;
+    }
+    uint64_t *cell = open_cell(args[0], args[1], PyBUF_SIMPLE, &view);
+    if (cell == NULL) {
+        return NULL;
+    }
+    unsigned long long words[CELL_WORDS];
+    words[0] = __atomic_load_n(&cell[0], __ATOMIC_ACQUIRE); /* SYNC: cell-whole */
+    for (int i = 1; i < CELL_WORDS; i++) {
+        words[i] = __atomic_load_n(&cell[i], __ATOMIC_RELAXED);
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* SYNC: cell-torn */
+    uint64_t again = __atomic_load_n(&cell[0], __ATOMIC_RELAXED);
+    PyBuffer_Release(&view);
+    if (words[0] == 0 || again != words[0]) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("(KKKK)", words[0], words[1], words[2], words[3]);
+}
+
+/* ---------------------------------------------------------------- copying */
+
+typedef uint64_t block_t __attribute__((vector_size(16), aligned(1), may_alias));
+#define BLOCKS 8
+#define STRIDE ((Py_ssize_t)(BLOCKS * sizeof(block_t)))
+
+/* NOTE: this must not become a call of memcpy: glibc's falls by an order of magnitude between a page-aligned
+ * slot and page + 16, which is where malloc puts large arrays. All loads of a stride come before its stores,
+ * and the order of the strides is chosen so that no load waits for a store to the same offset of another page. */
+__attribute__((optimize("no-tree-loop-distribute-patterns"))) static void
+copy_forward(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    Py_ssize_t at = 0;
+    for (; at + STRIDE <= size; at += STRIDE) {
+        block_t blocks[BLOCKS];
+        for (int i = 0; i < BLOCKS; i++) {
+            blocks[i] = ((const block_t *)(src + at))[i];
+        }
+        for (int i = 0; i < BLOCKS; i++) {
+            ((block_t *)(dst + at))[i] = blocks[i];
+        }
+    }
+    memcpy(dst + at, src + at, (size_t)(size - at));
+}
+
+__attribute__((optimize("no-tree-loop-distribute-patterns"))) static void
+copy_backward(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    Py_ssize_t at = size;
+    for (; at >= STRIDE; at -= STRIDE) {
+        block_t blocks[BLOCKS];
+        for (int i = 0; i < BLOCKS; i++) {
+            blocks[i] = ((const block_t *)(src + at - STRIDE))[i];
+        }
+        for (int i = 0; i < BLOCKS; i++) {
+            ((block_t *)(dst + at - STRIDE))[i] = blocks[i];
+        }
+    }
+    memcpy(dst, src, (size_t)at);
+}
+
+static void
+copy_bytes(char *dst, const char *src, Py_ssize_t size)
+{
+    uintptr_t distance = (uintptr_t)dst - (uintptr_t)src;
+    if (distance < (uintptr_t)size || -distance < (uintptr_t)size) {
+        memmove(dst, src, (size_t)size);
+        return;
+    }
+    uintptr_t ahead = distance & 4095; /* how far dst leads src within the page */
+    if (ahead > 0 && ahead < 2048) {
+        copy_backward(dst, src, size);
+    }
+    else {
+        copy_forward(dst, src, size);
+    }
+}
+
+static PyObject *
+copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer dst_view, src_view;
+    Py_ssize_t dst_offset, src_offset, size;
+    if (check_count("copy", nargs, 5) < 0 || parse_size(args[1], "dst_offset", &dst_offset) < 0 ||
+        parse_size(args[3], "src_offset", &src_offset) < 0 || parse_size(args[4], "num_bytes", &size) < 0) {
+        return NULL;
+    }
+    char *dst = open_range(args[0], dst_offset, size, 1, PyBUF_WRITABLE, &dst_view);
+    if (dst == NULL) {
+        return NULL;
+    }
+    char *src = open_range(args[2], src_offset, size, 1, PyBUF_SIMPLE, &src_view);
+    if (src == NULL) {
+        PyBuffer_Release(&dst_view);
+        return NULL;
+    }
+    if (size >= GIL_COPY_BYTES) {
+        Py_BEGIN_ALLOW_THREADS
+        copy_bytes(dst, src, size);
+        Py_END_ALLOW_THREADS
+    }
+    else {
+        copy_bytes(dst, src, size);
+    }
+    PyBuffer_Release(&src_view);
+    PyBuffer_Release(&dst_view);
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------- module */
+
+#define ENTRY(name, doc) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, doc}
+
+static PyMethodDef methods[] = {
+    ENTRY(load_u32, "load_u32(buf, offset) -> int. Acquire load."),
+    ENTRY(load_u64, "load_u64(buf, offset) -> int. Acquire load."),
+    ENTRY(store_u32, "store_u32(buf, offset, value). Release store."),
+    ENTRY(store_u64, "store_u64(buf, offset, value). Release store."),
+    ENTRY(fetch_add_u32, "fetch_add_u32(buf, offset, delta) -> old value. Sequentially consistent; wraps."),
+    ENTRY(fetch_add_u64, "fetch_add_u64(buf, offset, delta) -> old value. Sequentially consistent; wraps."),
+    ENTRY(cas_u32, "cas_u32(buf, offset, expected, desired) -> bool. Sequentially consistent."),
+    ENTRY(futex_wait, "futex_wait(buf, offset, expected, timeout_ns) -> bool. False = timed out."),
+    ENTRY(futex_wake, "futex_wake(buf, offset, count) -> how many were woken."),
+    ENTRY(wait_u32, "wait_u32(buf, offset, expected, spin_ns, timeout_ns) -> the current value."),
+    ENTRY(ring_doorbell, "ring_doorbell(buf, offset) -> the new seq."),
+    ENTRY(wait_doorbell, "wait_doorbell(buf, offset, seen, spin_ns, timeout_ns) -> the current seq."),
+    ENTRY(write_cell, "write_cell(buf, offset, w0, w1, w2, w3). w0 is the sequence word."),
+    ENTRY(read_cell, "read_cell(buf, offset) -> (w0, w1, w2, w3), or None if empty or torn."),
+    ENTRY(copy, "copy(dst, dst_offset, src, src_offset, num_bytes). Releases the GIL when long."),
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {{0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "bus.memory._native",
+    .m_doc = "Atomics, futexes, doorbells, cells and copies over shared memory.",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC
+PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}

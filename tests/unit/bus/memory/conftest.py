@@ -1,0 +1,18 @@
+"""A pod name of one's own for every test, and proof that nothing of it stays in shared memory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from bus.memory.segment import segment_prefix, sweep, total_bytes
+
+
+@pytest.fixture
+def pod() -> Iterator[str]:
+    name = f"unit{uuid.uuid4().hex[:12]}"
+    yield name
+    sweep(segment_prefix(name))
+    assert total_bytes(segment_prefix(name)) == 0
