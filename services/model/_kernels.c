@@ -1,0 +1,673 @@
+/* Python bindings of the model's arithmetic. The arithmetic itself, and its law, are in _kernels_impl.h.
+ *
+ * Arrays come in through the buffer protocol: float32 unless said otherwise, any outer strides, contiguous rows.
+ * Every function checks types, ranks and extents, raises a ValueError that names the argument, and then computes
+ * without the interpreter lock. Nothing here keeps a reference to an array.
+ *
+ * Two instruction sets are compiled on x86 (generic, and AVX2 with FMA), one elsewhere; the best that the processor
+ * has is chosen at import. All processes of one host choose the same, so their bits agree.
+ */
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAVE_AVX2_BUILD 1
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define LANES 8
+#define X_TILE_FLOATS 65536 /* rows of x per pass over w: 256 KiB stay in the second-level cache */
+#define GROUP_ROWS 16       /* query rows times heads that attention computes together */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 12")
+
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t i8x32 __attribute__((vector_size(32)));
+typedef uint32_t u8x32 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+
+#define PAIRS_EVEN 0, 2, 8, 10, 4, 6, 12, 14
+#define PAIRS_ODD 1, 3, 9, 11, 5, 7, 13, 15
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8x32){__VA_ARGS__})
+#endif
+
+enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16 };
+
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    ptrdiff_t q_stride_t, q_stride_h, out_stride_t, out_stride_h;
+    ptrdiff_t k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h;
+    const int32_t *block_tables, *seq_of_row, *positions;
+    ptrdiff_t table_stride, block_tokens, num_heads, num_kv_heads, k_dim, v_dim;
+    float scale;
+} paged_attention_t;
+
+typedef struct {
+    void (*matmul_nt)(const float *, ptrdiff_t, const void *, ptrdiff_t, int, float *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                      ptrdiff_t);
+    void (*matmul_nn)(const float *, ptrdiff_t, const void *, ptrdiff_t, int, float *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                      ptrdiff_t);
+    void (*silu_mul)(const float *, const float *, float *, ptrdiff_t);
+    void (*rms_norm)(const float *, const float *, float, float *, ptrdiff_t);
+    void (*rope)(const float *, const float *, const float *, int, float *, ptrdiff_t);
+    void (*combine)(const float *, ptrdiff_t, const float *, ptrdiff_t, ptrdiff_t, const float *, float *, ptrdiff_t);
+    float (*softmax_terms)(float *, float, ptrdiff_t);
+    void (*sigmoid_row)(float *, ptrdiff_t);
+    void (*attend_group)(const paged_attention_t *, ptrdiff_t, ptrdiff_t, ptrdiff_t, float *, float *, float *);
+} kernel_set;
+
+#if defined(__aarch64__)
+INLINE v8 vfma_neon(v8 a, v8 b, v8 c)
+{
+    float32x4_t x[2], y[2], z[2];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    memcpy(z, &c, sizeof z);
+    z[0] = vfmaq_f32(z[0], x[0], y[0]);
+    z[1] = vfmaq_f32(z[1], x[1], y[1]);
+    memcpy(&c, z, sizeof c);
+    return c;
+}
+#define VFMA(a, b, c) vfma_neon(a, b, c)
+#else
+#define VFMA(a, b, c) ((a) * (b) + (c))
+#endif
+#define WIDEN_U16(h) __builtin_convertvector(h, u8x32)
+#define FN(name) name##_generic
+#include "_kernels_impl.h"
+#undef FN
+#undef VFMA
+#undef WIDEN_U16
+
+#ifdef HAVE_AVX2_BUILD
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define VFMA(a, b, c) ((v8)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define WIDEN_U16(h) ((u8x32)_mm256_cvtepu16_epi32((__m128i)(h)))
+#define WIDEN_F16(h) ((v8)_mm256_cvtph_ps((__m128i)(h)))
+#define FN(name) name##_avx2
+#include "_kernels_impl.h"
+#undef WIDEN_U16
+#undef WIDEN_F16
+#undef FN
+#undef VFMA
+#pragma GCC pop_options
+#endif
+
+static const kernel_set *kernels = &kernel_set_generic;
+
+/* ------------------------------------------------------------------ arguments */
+
+#define ARRAYS_MAX 8
+
+typedef struct {
+    void *data;
+    Py_ssize_t shape[4], stride[4]; /* strides in elements */
+    int dtype;
+} array;
+
+typedef struct {
+    const char *function;
+    Py_buffer views[ARRAYS_MAX];
+    int count;
+} arguments;
+
+static void release(arguments *args)
+{
+    while (args->count > 0)
+        PyBuffer_Release(&args->views[--args->count]);
+}
+
+/* "f" float32, "i" int32, "w" a weight: float32, bfloat16 as uint16, or float16. */
+static int dtype_matches(const char *format, Py_ssize_t itemsize, char wanted, int *dtype)
+{
+    char code = 'B';
+    if (format != NULL)
+        code = strchr("@=<", format[0]) != NULL ? format[1] : format[0];
+    *dtype = code == 'f' ? DTYPE_F32 : code == 'H' ? DTYPE_BF16 : DTYPE_F16;
+    if (wanted == 'i')
+        return (code == 'i' || code == 'l') && itemsize == 4;
+    return code == 'f' || (wanted == 'w' && (code == 'H' || code == 'e'));
+}
+
+static int take(arguments *args, PyObject *object, const char *name, char wanted, int rank, int writable, array *out)
+{
+    Py_buffer *view = &args->views[args->count];
+    if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s: %s must be %s array", args->function, name,
+                     writable ? "a writable" : "an");
+        return 0;
+    }
+    args->count++;
+    if (!dtype_matches(view->format, view->itemsize, wanted, &out->dtype)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got format '%s'", args->function, name,
+                     wanted == 'i'   ? "int32"
+                     : wanted == 'w' ? "float32, bfloat16 (as uint16) or float16"
+                                     : "float32",
+                     view->format != NULL ? view->format : "B");
+        return 0;
+    }
+    if (view->ndim != rank) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must have rank %d, got %d", args->function, name, rank, view->ndim);
+        return 0;
+    }
+    for (int i = 0; i < rank; i++) {
+        out->shape[i] = view->shape[i];
+        out->stride[i] = view->strides[i] / view->itemsize;
+        if (view->strides[i] % view->itemsize != 0 ||
+            (i == rank - 1 && view->shape[i] > 1 && out->stride[i] != 1)) {
+            PyErr_Format(PyExc_ValueError, "%s: %s must have contiguous rows", args->function, name);
+            return 0;
+        }
+    }
+    out->data = view->buf;
+    return 1;
+}
+
+static int need(arguments *args, const char *name, const array *a, int axis, Py_ssize_t extent)
+{
+    if (a->shape[axis] == extent)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s: %s must have extent %zd on axis %d, got %zd", args->function, name, extent,
+                 axis, a->shape[axis]);
+    return 0;
+}
+
+static int need_count(const char *function, Py_ssize_t got, Py_ssize_t wanted)
+{
+    if (got == wanted)
+        return 1;
+    PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, got %zd", function, wanted, got);
+    return 0;
+}
+
+static PyObject *finish(arguments *args, int ok)
+{
+    release(args);
+    if (!ok)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static const float *row_f32(const array *a, Py_ssize_t i, Py_ssize_t j)
+{
+    return (const float *)a->data + i * a->stride[0] + j * a->stride[1];
+}
+
+/* ------------------------------------------------------------------ products */
+
+static void *weight_at(const array *w, Py_ssize_t batch)
+{
+    return (char *)w->data + batch * w->stride[0] * (w->dtype == DTYPE_F32 ? 4 : 2);
+}
+
+/* Both products take a leading batch axis: x [B, M, K]; w [B, N, K] or [B, K, N]; out [B, M, N]. */
+static PyObject *product(const char *function, int transposed, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = function};
+    array x, w, out;
+    if (!need_count(function, count, 3))
+        return NULL;
+    int n_axis = transposed ? 1 : 2, k_axis = transposed ? 2 : 1;
+    int ok = take(&args, objects[0], "x", 'f', 3, 0, &x) && take(&args, objects[1], "w", 'w', 3, 0, &w) &&
+             take(&args, objects[2], "out", 'f', 3, 1, &out) && need(&args, "w", &w, 0, x.shape[0]) &&
+             need(&args, "w", &w, k_axis, x.shape[2]) && need(&args, "out", &out, 0, x.shape[0]) &&
+             need(&args, "out", &out, 1, x.shape[1]) && need(&args, "out", &out, 2, w.shape[n_axis]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t b = 0; b < x.shape[0]; b++) {
+        const float *xb = row_f32(&x, b, 0);
+        float *ob = (float *)out.data + b * out.stride[0];
+        if (transposed) {
+            kernels->matmul_nt(xb, x.stride[1], weight_at(&w, b), w.stride[1], w.dtype, ob, out.stride[1], x.shape[1],
+                               w.shape[1], x.shape[2]);
+            continue;
+        }
+        for (Py_ssize_t m = 0; m < x.shape[1]; m++)
+            memset(ob + m * out.stride[1], 0, w.shape[2] * sizeof(float));
+        kernels->matmul_nn(xb, x.stride[1], weight_at(&w, b), w.stride[1], w.dtype, ob, out.stride[1], x.shape[1],
+                           w.shape[2], x.shape[2]);
+    }
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
+}
+
+static PyObject *matmul_nt(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    return product("matmul_nt", 1, objects, count);
+}
+
+static PyObject *matmul_nn(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    return product("matmul_nn", 0, objects, count);
+}
+
+/* x [M, H], gate [I, H], up [I, H], down [H, I], out [M, H]: out = (silu(x gate^T) * (x up^T)) down^T. */
+static PyObject *mlp(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "mlp"};
+    array x, gate, up, down, out;
+    if (!need_count(args.function, count, 5))
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) && take(&args, objects[1], "gate", 'w', 2, 0, &gate) &&
+             take(&args, objects[2], "up", 'w', 2, 0, &up) && take(&args, objects[3], "down", 'w', 2, 0, &down) &&
+             take(&args, objects[4], "out", 'f', 2, 1, &out) && need(&args, "gate", &gate, 1, x.shape[1]) &&
+             need(&args, "up", &up, 1, x.shape[1]) && need(&args, "up", &up, 0, gate.shape[0]) &&
+             need(&args, "down", &down, 1, gate.shape[0]) && need(&args, "out", &out, 0, x.shape[0]) &&
+             need(&args, "out", &out, 1, down.shape[0]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_ssize_t M = x.shape[0], H = x.shape[1], I = gate.shape[0];
+    float *g = malloc((2 * M * I + 1) * sizeof(float)), *u = g + M * I;
+    if (g == NULL) {
+        PyErr_NoMemory();
+        return finish(&args, 0);
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    kernels->matmul_nt(x.data, x.stride[0], gate.data, gate.stride[0], gate.dtype, g, I, M, I, H);
+    kernels->matmul_nt(x.data, x.stride[0], up.data, up.stride[0], up.dtype, u, I, M, I, H);
+    for (Py_ssize_t m = 0; m < M; m++)
+        kernels->silu_mul(g + m * I, u + m * I, g + m * I, I);
+    kernels->matmul_nt(g, I, down.data, down.stride[0], down.dtype, out.data, out.stride[0], M, down.shape[0], I);
+    Py_END_ALLOW_THREADS;
+    free(g);
+    return finish(&args, 1);
+}
+
+/* ------------------------------------------------------------------ rows */
+
+/* x [R, H, D], weight [D], eps, out [R, H, D]. */
+static PyObject *rms_norm(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "rms_norm"};
+    array x, weight, out;
+    if (!need_count(args.function, count, 4))
+        return NULL;
+    double eps = PyFloat_AsDouble(objects[2]);
+    if (eps == -1.0 && PyErr_Occurred())
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 3, 0, &x) && take(&args, objects[1], "weight", 'f', 1, 0, &weight) &&
+             take(&args, objects[3], "out", 'f', 3, 1, &out) && need(&args, "weight", &weight, 0, x.shape[2]) &&
+             need(&args, "out", &out, 0, x.shape[0]) && need(&args, "out", &out, 1, x.shape[1]) &&
+             need(&args, "out", &out, 2, x.shape[2]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t r = 0; r < x.shape[0]; r++)
+        for (Py_ssize_t h = 0; h < x.shape[1]; h++)
+            kernels->rms_norm(row_f32(&x, r, h), weight.data, (float)eps, (float *)row_f32(&out, r, h), x.shape[2]);
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
+}
+
+/* gate [R, N], up [R, N], out [R, N]. */
+static PyObject *silu_mul(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "silu_mul"};
+    array gate, up, out;
+    if (!need_count(args.function, count, 3))
+        return NULL;
+    int ok = take(&args, objects[0], "gate", 'f', 2, 0, &gate) && take(&args, objects[1], "up", 'f', 2, 0, &up) &&
+             take(&args, objects[2], "out", 'f', 2, 1, &out) && need(&args, "up", &up, 0, gate.shape[0]) &&
+             need(&args, "up", &up, 1, gate.shape[1]) && need(&args, "out", &out, 0, gate.shape[0]) &&
+             need(&args, "out", &out, 1, gate.shape[1]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t r = 0; r < gate.shape[0]; r++)
+        kernels->silu_mul(row_f32(&gate, r, 0), row_f32(&up, r, 0), (float *)row_f32(&out, r, 0), gate.shape[1]);
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
+}
+
+/* x [T, H, D], cos [T, D / 2], sin [T, D / 2], interleaved, out [T, H, D] (not x). */
+static PyObject *rope(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "rope"};
+    array x, cos, sin, out;
+    if (!need_count(args.function, count, 5))
+        return NULL;
+    int interleaved = PyObject_IsTrue(objects[3]);
+    if (interleaved < 0)
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 3, 0, &x) && take(&args, objects[1], "cos", 'f', 2, 0, &cos) &&
+             take(&args, objects[2], "sin", 'f', 2, 0, &sin) && take(&args, objects[4], "out", 'f', 3, 1, &out) &&
+             need(&args, "cos", &cos, 0, x.shape[0]) && need(&args, "x", &x, 2, 2 * cos.shape[1]) &&
+             need(&args, "sin", &sin, 0, x.shape[0]) && need(&args, "sin", &sin, 1, cos.shape[1]) &&
+             need(&args, "out", &out, 0, x.shape[0]) && need(&args, "out", &out, 1, x.shape[1]) &&
+             need(&args, "out", &out, 2, x.shape[2]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t t = 0; t < x.shape[0]; t++)
+        for (Py_ssize_t h = 0; h < x.shape[1]; h++)
+            kernels->rope(row_f32(&x, t, h), row_f32(&cos, t, 0), row_f32(&sin, t, 0), interleaved,
+                          (float *)row_f32(&out, t, h), cos.shape[1]);
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
+}
+
+/* y [T, S, H], weights [T, k], residual [T, H], out [T, H]; S >= k. */
+static PyObject *combine(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "combine"};
+    array y, weights, residual, out;
+    if (!need_count(args.function, count, 4))
+        return NULL;
+    int ok = take(&args, objects[0], "y", 'f', 3, 0, &y) && take(&args, objects[1], "weights", 'f', 2, 0, &weights) &&
+             take(&args, objects[2], "residual", 'f', 2, 0, &residual) &&
+             take(&args, objects[3], "out", 'f', 2, 1, &out) && need(&args, "weights", &weights, 0, y.shape[0]) &&
+             need(&args, "residual", &residual, 0, y.shape[0]) && need(&args, "residual", &residual, 1, y.shape[2]) &&
+             need(&args, "out", &out, 0, y.shape[0]) && need(&args, "out", &out, 1, y.shape[2]);
+    if (ok && y.shape[1] < weights.shape[1]) {
+        PyErr_Format(PyExc_ValueError, "combine: y must have at least %zd slots, got %zd", weights.shape[1],
+                     y.shape[1]);
+        ok = 0;
+    }
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t t = 0; t < y.shape[0]; t++)
+        kernels->combine(row_f32(&y, t, 0), y.stride[1], row_f32(&weights, t, 0), y.shape[1], weights.shape[1],
+                         row_f32(&residual, t, 0), (float *)row_f32(&out, t, 0), y.shape[2]);
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
+}
+
+/* ------------------------------------------------------------------ router */
+
+/* The `k` largest of `values` among those not `taken`, best first; the lower index wins a tie. */
+static void largest(const float *values, Py_ssize_t n, Py_ssize_t k, char *taken, int32_t *idx)
+{
+    for (Py_ssize_t s = 0; s < k; s++) {
+        Py_ssize_t best = -1;
+        for (Py_ssize_t e = 0; e < n; e++)
+            if (!taken[e] && (best < 0 || values[e] > values[best]))
+                best = e;
+        taken[best] = 1;
+        idx[s] = (int32_t)best;
+    }
+}
+
+/* Leave only the experts of the `keep` groups whose two best choices add up highest. */
+static void mask_groups(float *choice, Py_ssize_t num_experts, Py_ssize_t groups, Py_ssize_t keep, float *group_score,
+                        char *taken, int32_t *idx)
+{
+    Py_ssize_t members = num_experts / groups;
+    for (Py_ssize_t g = 0; g < groups; g++) {
+        memset(taken, 0, members);
+        largest(choice + g * members, members, 2, taken, idx);
+        group_score[g] = choice[g * members + idx[0]] + choice[g * members + idx[1]];
+    }
+    memset(taken, 0, groups);
+    largest(group_score, groups, keep, taken, idx);
+    for (Py_ssize_t e = 0; e < num_experts; e++)
+        if (!taken[e / members])
+            choice[e] = -INFINITY;
+}
+
+/* logits [T, E] (overwritten by scores), bias [E] or None (None = softmax, else sigmoid), n_group, topk_group,
+ * norm_topk_prob, routed_scaling_factor, topk_idx [T, k] int32, topk_weights [T, k]. */
+static PyObject *route(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "route"};
+    array logits, bias = {0}, idx, weights;
+    if (!need_count(args.function, count, 8))
+        return NULL;
+    int has_bias = objects[1] != Py_None, normalise = PyObject_IsTrue(objects[4]);
+    Py_ssize_t groups = PyLong_AsSsize_t(objects[2]), keep = PyLong_AsSsize_t(objects[3]);
+    double scale = PyFloat_AsDouble(objects[5]);
+    if (PyErr_Occurred())
+        return NULL;
+    int ok = take(&args, objects[0], "logits", 'f', 2, 1, &logits) &&
+             (!has_bias || take(&args, objects[1], "bias", 'f', 1, 0, &bias)) &&
+             take(&args, objects[6], "topk_idx", 'i', 2, 1, &idx) &&
+             take(&args, objects[7], "topk_weights", 'f', 2, 1, &weights) &&
+             (!has_bias || need(&args, "bias", &bias, 0, logits.shape[1])) &&
+             need(&args, "topk_idx", &idx, 0, logits.shape[0]) &&
+             need(&args, "topk_weights", &weights, 0, logits.shape[0]) &&
+             need(&args, "topk_weights", &weights, 1, idx.shape[1]);
+    Py_ssize_t E = ok ? logits.shape[1] : 0, k = ok ? idx.shape[1] : 0;
+    if (ok && (groups < 1 || keep < 1 || keep > groups || E % groups != 0 || (groups > 1 && E / groups < 2) || k < 1 ||
+               k > keep * (E / groups))) {
+        PyErr_Format(PyExc_ValueError, "route: %zd of %zd experts in %zd of %zd groups is impossible", k, E, keep,
+                     groups);
+        ok = 0;
+    }
+    float *choice = ok ? malloc(E * (2 * sizeof(float) + sizeof(int32_t) + 1)) : NULL;
+    if (ok && choice == NULL) {
+        PyErr_NoMemory();
+        ok = 0;
+    }
+    if (!ok)
+        return finish(&args, 0);
+    float *group_score = choice + E;
+    int32_t *scratch = (int32_t *)(group_score + E);
+    char *taken = (char *)(scratch + E);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t t = 0; t < logits.shape[0]; t++) {
+        float *scores = (float *)row_f32(&logits, t, 0), *w = (float *)row_f32(&weights, t, 0);
+        int32_t *chosen = (int32_t *)idx.data + t * idx.stride[0];
+        if (has_bias) {
+            kernels->sigmoid_row(scores, E);
+            for (Py_ssize_t e = 0; e < E; e++)
+                choice[e] = scores[e] + ((const float *)bias.data)[e];
+        } else {
+            float sum = kernels->softmax_terms(scores, 1.0f, E);
+            for (Py_ssize_t e = 0; e < E; e++)
+                choice[e] = scores[e] = scores[e] / sum;
+        }
+        if (groups > 1)
+            mask_groups(choice, E, groups, keep, group_score, taken, scratch);
+        memset(taken, 0, E);
+        largest(choice, E, k, taken, chosen);
+        float sum = has_bias ? 1e-20f : 0.0f;
+        for (Py_ssize_t s = 0; s < k; s++)
+            sum += scores[chosen[s]];
+        for (Py_ssize_t s = 0; s < k; s++)
+            w[s] = (normalise ? scores[chosen[s]] / sum : scores[chosen[s]]) * (float)scale;
+    }
+    Py_END_ALLOW_THREADS;
+    free(choice);
+    return finish(&args, 1);
+}
+
+/* ------------------------------------------------------------------ paged KV */
+
+/* Every row's sequence, position and block ids lie inside the tables and the cache (nothing is read before). */
+static int check_rows(arguments *args, const array *cache, const array *tables, const array *seqs,
+                      const array *positions, Py_ssize_t num_rows, int whole_prefix)
+{
+    if (!need(args, "seq_of_row", seqs, 0, num_rows) || !need(args, "positions", positions, 0, num_rows))
+        return 0;
+    for (Py_ssize_t t = 0; t < num_rows; t++) {
+        int32_t seq = ((const int32_t *)seqs->data)[t], position = ((const int32_t *)positions->data)[t];
+        Py_ssize_t last = position / cache->shape[1];
+        if (seq < 0 || seq >= tables->shape[0] || position < 0 || last >= tables->shape[1]) {
+            PyErr_Format(PyExc_ValueError, "%s: row %zd: sequence %d, position %d outside the block tables",
+                         args->function, t, seq, position);
+            return 0;
+        }
+        const int32_t *table = (const int32_t *)tables->data + seq * tables->stride[0];
+        for (Py_ssize_t b = whole_prefix ? 0 : last; b <= last; b++)
+            if (table[b] < 0 || table[b] >= cache->shape[0]) {
+                PyErr_Format(PyExc_ValueError, "%s: sequence %d: block id %d outside 0..%zd", args->function, seq,
+                             table[b], cache->shape[0] - 1);
+                return 0;
+            }
+    }
+    return 1;
+}
+
+/* x [T, KVH, D], cache [num_blocks, block_tokens, KVH, D], block_tables [S, max_blocks], seq_of_row [T],
+ * positions [T]: copy each row to its slot. */
+static PyObject *kv_store(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "kv_store"};
+    array x, cache, tables, seqs, positions;
+    if (!need_count(args.function, count, 5))
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 3, 0, &x) && take(&args, objects[1], "cache", 'f', 4, 1, &cache) &&
+             take(&args, objects[2], "block_tables", 'i', 2, 0, &tables) &&
+             take(&args, objects[3], "seq_of_row", 'i', 1, 0, &seqs) &&
+             take(&args, objects[4], "positions", 'i', 1, 0, &positions) &&
+             need(&args, "cache", &cache, 2, x.shape[1]) && need(&args, "cache", &cache, 3, x.shape[2]) &&
+             check_rows(&args, &cache, &tables, &seqs, &positions, x.shape[0], 0);
+    for (Py_ssize_t t = 0; ok && t < x.shape[0]; t++) {
+        int32_t seq = ((const int32_t *)seqs.data)[t], position = ((const int32_t *)positions.data)[t];
+        Py_ssize_t block = ((const int32_t *)tables.data)[seq * tables.stride[0] + position / cache.shape[1]];
+        float *slot = (float *)cache.data + block * cache.stride[0] + position % cache.shape[1] * cache.stride[1];
+        for (Py_ssize_t h = 0; h < x.shape[1]; h++)
+            memcpy(slot + h * cache.stride[2], row_f32(&x, t, h), x.shape[2] * sizeof(float));
+    }
+    return finish(&args, ok);
+}
+
+static int attend_rows(const paged_attention_t *a, Py_ssize_t num_rows)
+{
+    Py_ssize_t rep = a->num_heads / a->num_kv_heads, rows_max = rep < GROUP_ROWS ? GROUP_ROWS / rep : 1, longest = 1;
+    for (Py_ssize_t t = 0; t < num_rows; t++)
+        longest = a->positions[t] + 1 > longest ? a->positions[t] + 1 : longest;
+    float *scratch = malloc(rows_max * rep * (longest + a->k_dim + a->v_dim + 1) * sizeof(float));
+    if (scratch == NULL)
+        return 0;
+    float *q = scratch, *scores = q + rows_max * rep * a->k_dim, *acc = scores + rows_max * rep * longest;
+    for (Py_ssize_t t = 0, rows; t < num_rows; t += rows) {
+        for (rows = 1; rows < rows_max && t + rows < num_rows && a->seq_of_row[t + rows] == a->seq_of_row[t]; rows++)
+            ;
+        for (Py_ssize_t h = 0; h < a->num_kv_heads; h++)
+            kernels->attend_group(a, t, rows, h, q, scores, acc);
+    }
+    free(scratch);
+    return 1;
+}
+
+/* q [T, H, Dk], k [num_blocks, block_tokens, KVH, Dk], v [num_blocks, block_tokens, KVH, Dv], block_tables
+ * [S, max_blocks], seq_of_row [T], positions [T], scale, out [T, H, Dv]: causal attention over 0..position. */
+static PyObject *paged_attention(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "paged_attention"};
+    array q, k, v, tables, seqs, positions, out;
+    if (!need_count(args.function, count, 8))
+        return NULL;
+    double scale = PyFloat_AsDouble(objects[6]);
+    if (scale == -1.0 && PyErr_Occurred())
+        return NULL;
+    int ok = take(&args, objects[0], "q", 'f', 3, 0, &q) && take(&args, objects[1], "k", 'f', 4, 0, &k) &&
+             take(&args, objects[2], "v", 'f', 4, 0, &v) &&
+             take(&args, objects[3], "block_tables", 'i', 2, 0, &tables) &&
+             take(&args, objects[4], "seq_of_row", 'i', 1, 0, &seqs) &&
+             take(&args, objects[5], "positions", 'i', 1, 0, &positions) &&
+             take(&args, objects[7], "out", 'f', 3, 1, &out) && need(&args, "k", &k, 3, q.shape[2]) &&
+             need(&args, "v", &v, 0, k.shape[0]) && need(&args, "v", &v, 1, k.shape[1]) &&
+             need(&args, "v", &v, 2, k.shape[2]) && need(&args, "out", &out, 0, q.shape[0]) &&
+             need(&args, "out", &out, 1, q.shape[1]) && need(&args, "out", &out, 2, v.shape[3]) &&
+             check_rows(&args, &k, &tables, &seqs, &positions, q.shape[0], 1);
+    if (ok && (k.shape[2] < 1 || q.shape[1] % k.shape[2] != 0)) {
+        PyErr_Format(PyExc_ValueError, "paged_attention: %zd heads do not divide into %zd KV heads", q.shape[1],
+                     k.shape[2]);
+        ok = 0;
+    }
+    if (!ok)
+        return finish(&args, 0);
+    paged_attention_t a = {
+        .q = q.data, .k = k.data, .v = v.data, .out = out.data,
+        .q_stride_t = q.stride[0], .q_stride_h = q.stride[1],
+        .out_stride_t = out.stride[0], .out_stride_h = out.stride[1],
+        .k_stride_b = k.stride[0], .k_stride_t = k.stride[1], .k_stride_h = k.stride[2],
+        .v_stride_b = v.stride[0], .v_stride_t = v.stride[1], .v_stride_h = v.stride[2],
+        .block_tables = tables.data, .seq_of_row = seqs.data, .positions = positions.data,
+        .table_stride = tables.stride[0], .block_tokens = k.shape[1], .num_heads = q.shape[1],
+        .num_kv_heads = k.shape[2], .k_dim = q.shape[2], .v_dim = v.shape[3], .scale = (float)scale,
+    };
+    Py_BEGIN_ALLOW_THREADS;
+    ok = attend_rows(&a, q.shape[0]);
+    Py_END_ALLOW_THREADS;
+    if (!ok)
+        PyErr_NoMemory();
+    return finish(&args, ok);
+}
+
+/* ------------------------------------------------------------------ module */
+
+static PyObject *instruction_set(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    return PyUnicode_FromString(kernels == &kernel_set_generic ? "generic" : "avx2");
+}
+
+#ifdef HAVE_AVX2_BUILD
+static int has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+/* For tests: "generic" always exists, "avx2" where it was compiled and the processor has it. */
+static PyObject *select_instruction_set(PyObject *self, PyObject *name)
+{
+    const char *wanted = PyUnicode_AsUTF8(name);
+    if (wanted == NULL)
+        return NULL;
+    if (strcmp(wanted, "generic") == 0) {
+        kernels = &kernel_set_generic;
+        Py_RETURN_NONE;
+    }
+#ifdef HAVE_AVX2_BUILD
+    if (strcmp(wanted, "avx2") == 0 && has_avx2()) {
+        kernels = &kernel_set_avx2;
+        Py_RETURN_NONE;
+    }
+#endif
+    return PyErr_Format(PyExc_ValueError, "select_instruction_set: '%s' is not available here", wanted);
+}
+
+#define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    FAST(matmul_nt),
+    FAST(matmul_nn),
+    FAST(mlp),
+    FAST(rms_norm),
+    FAST(silu_mul),
+    FAST(rope),
+    FAST(combine),
+    FAST(route),
+    FAST(kv_store),
+    FAST(paged_attention),
+    {"instruction_set", instruction_set, METH_NOARGS, NULL},
+    {"select_instruction_set", select_instruction_set, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+#ifdef HAVE_AVX2_BUILD
+    if (has_avx2())
+        kernels = &kernel_set_avx2;
+#endif
+    return PyModule_Create(&module);
+}

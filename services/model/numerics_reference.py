@@ -1,0 +1,108 @@
+"""The slow twin of `numerics`: the same functions in plain NumPy, equal up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def widen(rows: Array) -> Array:
+    """Return stored weights as float64."""
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return rows.astype(np.float64)
+
+
+def matmul_nt(x: Array, w: Array) -> Array:
+    """Twin of `numerics.matmul_nt`."""
+    return np.asarray(widen(x) @ widen(w).swapaxes(-1, -2))
+
+
+def matmul_nn(x: Array, w: Array) -> Array:
+    """Twin of `numerics.matmul_nn`."""
+    return np.asarray(widen(x) @ widen(w))
+
+
+def silu_mul(gate: Array, up: Array) -> Array:
+    """Twin of `numerics.silu_mul`."""
+    gate = gate.astype(np.float64)
+    return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def mlp(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """Twin of `numerics.mlp`."""
+    return matmul_nt(silu_mul(matmul_nt(x, gate), matmul_nt(x, up)), down)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Twin of `numerics.rms_norm`."""
+    x = x.astype(np.float64)
+    return np.asarray(weight * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps))
+
+
+def rope(x: Array, cos: Array, sin: Array, *, interleaved: bool) -> Array:
+    """Twin of `numerics.rope`."""
+    half = x.shape[-1] // 2
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def combine(y: Array, weights: Array, residual: Array) -> Array:
+    """Twin of `numerics.combine`."""
+    ones = np.ones((y.shape[0], y.shape[1] - weights.shape[1]))
+    return np.asarray(residual + np.einsum("ts,tsh->th", np.concatenate([weights, ones], axis=1), y))
+
+
+def route(
+    logits: Array,
+    *,
+    top_k: int,
+    correction_bias: Array | None,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Array, Array]:
+    """Twin of `numerics.route`; leaves `logits` alone."""
+    logits = logits.astype(np.float64)
+    if correction_bias is None:
+        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        choice = scores.copy()
+    else:
+        scores = 1 / (1 + np.exp(-logits))
+        choice = scores + correction_bias
+    if n_group > 1:
+        grouped = choice.reshape(len(choice), n_group, -1)
+        best_two = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+        kept = np.argsort(-best_two, axis=-1, kind="stable")[:, :topk_group]
+        mask = np.zeros(best_two.shape, dtype=bool)
+        np.put_along_axis(mask, kept, True, axis=1)
+        choice = np.where(mask[..., None], grouped, -np.inf).reshape(choice.shape)
+    topk_idx = np.argsort(-choice, axis=-1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(scores, topk_idx, axis=1)
+    if norm_topk_prob:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return topk_idx.astype(np.int32), weights * routed_scaling_factor
+
+
+def paged_attention(
+    q: Array, k: Array, v: Array, block_tables: Array, seq_of_row: Array, positions: Array, *, scale: float
+) -> Array:
+    """Twin of `numerics.paged_attention`."""
+    num_heads, num_kv_heads, block_tokens = q.shape[1], k.shape[2], k.shape[1]
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    for t, (seq, position) in enumerate(zip(seq_of_row, positions, strict=True)):
+        where = np.arange(position + 1)
+        blocks, offsets = block_tables[seq, where // block_tokens], where % block_tokens
+        for h in range(num_heads):
+            kv_head = h // (num_heads // num_kv_heads)
+            scores = k[blocks, offsets, kv_head].astype(np.float64) @ q[t, h] * scale
+            terms = np.exp(scores - scores.max())
+            out[t, h] = terms / terms.sum() @ v[blocks, offsets, kv_head]
+    return out

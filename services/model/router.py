@@ -1,0 +1,47 @@
+"""The gate: which experts a row visits, and with what weight.
+
+Softmax scores (qwen3_moe), or sigmoid scores with a learned correction bias that takes part in the choice
+only and, optionally, a first choice among groups of experts (deepseek_v3). Best first; a tie goes to the
+lower expert id.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from services.model import numerics
+from services.model.checkpoint import TensorSpec, Weights
+from services.model.config import ModelConfig
+
+
+class Router:
+    """The gate of one layer."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
+        prefix = f"model.layers.{layer_idx}.mlp.gate"
+        self._config = config
+        self._weight = weights.matrix(f"{prefix}.weight")
+        self._correction_bias = weights.optional_vector(f"{prefix}.e_score_correction_bias")
+
+    @staticmethod
+    def specs(config: ModelConfig, layer_idx: int, *, correction_bias: bool) -> list[TensorSpec]:
+        """Return the tensors of one layer's gate."""
+        prefix = f"model.layers.{layer_idx}.mlp.gate"
+        specs = [TensorSpec(f"{prefix}.weight", (config.num_experts, config.hidden_size))]
+        if correction_bias:
+            specs.append(TensorSpec(f"{prefix}.e_score_correction_bias", (config.num_experts,)))
+        return specs
+
+    def route(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Return (topk_idx [T, top_k] int32, topk_weights [T, top_k] float32) of rows x [T, hidden]."""
+        config = self._config
+        return numerics.route(
+            numerics.matmul_nt(x, self._weight),
+            top_k=config.top_k,
+            correction_bias=self._correction_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
