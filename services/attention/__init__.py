@@ -1,0 +1,1 @@
+"""Attention workers: the executors of DP groups. They hold KV blocks and everything of the model but the experts."""

@@ -1,0 +1,111 @@
+"""The hot loop of an attention worker: a thread of its own, never asyncio (the paper's executor).
+
+It follows its scheduler: whenever the pod map names another incarnation, it closes the old socket and greets the new
+one with `ExecutorReady`, repeated until the first plan arrives, since a greeting may be lost with a connection. Between
+plans it sleeps in the socket's poll and beats the segment's heartbeat word, which the control loop vouches for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from bus.control.messages import ExecutorReady, Member, StepCompleted, StepFailed, StepPlan
+from bus.control.sockets import SyncDealer
+from bus.memory.segment import Segment
+from services.attention.executor import ExpertsAway, StepAbandoned, StepExecutor
+
+IDLE_POLL_MS = 250
+SEND_TIMEOUT_MS = 1_000
+
+
+class HotLoop:
+    """Receives step plans, has them executed, answers."""
+
+    def __init__(
+        self,
+        executor: StepExecutor,
+        segment: Segment,
+        greeting: ExecutorReady,
+        *,
+        identity: bytes,
+        scheduler: Callable[[], Member | None],
+    ):
+        """`scheduler` returns the scheduler of this DP group as the newest pod map has it."""
+        self._executor, self._segment, self._greeting = executor, segment, greeting
+        self._identity, self._scheduler = identity, scheduler
+        self._dealer: SyncDealer | None = None
+        self._followed = 0  # incarnation of the scheduler that the socket belongs to
+        self._greeted = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="attention-hot-loop", daemon=True)
+        self._log = structlog.get_logger()
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        executor.wanted = self._wanted
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ask the thread to end and wait for it."""
+        self._stopping.set()
+        self._thread.join(timeout_s)
+
+    def _wanted(self) -> bool:
+        current = self._scheduler()
+        return not self._stopping.is_set() and (current is None or current.incarnation == self._followed)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._segment.beat()
+                self._follow_scheduler()
+                if self._dealer is None:
+                    self._stopping.wait(IDLE_POLL_MS / 1000)
+                    continue
+                self._turn(self._dealer)
+        except BaseException as error:
+            self.on_failure(error)
+        finally:
+            if self._dealer is not None:
+                self._dealer.close()
+
+    def _follow_scheduler(self) -> None:
+        current = self._scheduler()
+        if current is None or not current.endpoint or current.incarnation == self._followed:
+            return
+        if self._dealer is not None:
+            self._dealer.close()
+        self._dealer = SyncDealer(current.endpoint, self._identity, StepPlan)
+        self._followed, self._greeted = current.incarnation, False
+        self._log.info("scheduler_followed", incarnation=current.incarnation)
+
+    def _turn(self, dealer: SyncDealer) -> None:
+        if not self._greeted:
+            dealer.send(self._greeting, timeout_ms=IDLE_POLL_MS)
+        message = dealer.recv(timeout_ms=IDLE_POLL_MS)
+        if isinstance(message, StepPlan) and message.scheduler_incarnation == self._followed:
+            self._greeted = True
+            answer = self._execute(message)
+            # A lost answer would leave the scheduler waiting for its step's deadline.
+            while answer is not None and self._wanted() and not dealer.send(answer, SEND_TIMEOUT_MS):
+                self._segment.beat()
+
+    def _execute(self, plan: StepPlan) -> StepCompleted | StepFailed | None:
+        incarnation = self._greeting.incarnation
+        try:
+            return self._executor.run(plan, incarnation)
+        except StepAbandoned:
+            return None
+        except ExpertsAway as error:
+            return StepFailed(
+                step_id=plan.step_id, incarnation=incarnation, code="experts_away", message=str(error)
+            )
+        except ValueError as error:
+            self._log.error("bad_plan", error=str(error))
+            return StepFailed(
+                step_id=plan.step_id, incarnation=incarnation, code="bad_plan", message=str(error)
+            )

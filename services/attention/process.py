@@ -1,0 +1,171 @@
+"""An attention worker's process: the executor of one DP group.
+
+Life cycle:
+    1. take the owner lock and an incarnation; say `Hello` (state starting);
+    2. map the model's tensors except all experts;
+    3. sweep what earlier incarnations left; create the segment: cells for every expert rank, the managed block that
+       experts pull activations from, and the app area that holds the KV blocks;
+    4. start the hot loop, which greets the scheduler of this DP group; say ready;
+    5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
+
+Opens: a DEALER to the manager (event loop) and one to its scheduler (hot loop); its own segment; every expert
+worker's segment. If the scheduler dies, the step at hand is finished or abandoned, and the next incarnation greeted.
+If an expert worker dies, the layer's exchange is sent again to its next incarnation. If the manager dies, the last pod
+map stays in force. If this process dies, its KV blocks die with it and the scheduler computes the requests again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from bus import config as settings
+from bus import process
+from bus.clock import NS_PER_MS, now_ns
+from bus.config import PodConfig
+from bus.control.member import Member
+from bus.control.messages import ExecutorReady
+from bus.errors import ConfigError
+from bus.memory.layout import SegmentLayout
+from bus.memory.segment import Segment
+from bus.xccl.a2e import AttentionSide
+from services.attention.executor import StepExecutor
+from services.attention.hot_loop import HotLoop
+from services.balance.placement import ExpertMap
+from services.model.attention_model import AttentionModel
+from services.model.config import ModelConfig, load_config
+from services.model.numerics import check_row_independence
+from services.pod import a2e_shape, create_segment, thread_failure
+
+STOP_TIMEOUT_S = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+async def attention_main(config: PodConfig, index: int) -> None:
+    """Serve as the attention worker of DP group `index` until cancelled."""
+    member = Member(config, "attention", index)
+    member.segment = member.segment_name
+    async with member:
+        model_config = load_config(settings.model_path(config))
+        check_settings(config, model_config)
+        model = await asyncio.to_thread(load_model, config, model_config, member)
+        shape = a2e_shape(config, model_config)
+        num_blocks = config.kv.cache_tokens // config.kv.block_tokens
+        kv_bytes = model.kv_bytes(num_blocks, config.kv.block_tokens)
+        layout = SegmentLayout(shape.attention_cells, shape.attention_managed_bytes, kv_bytes)
+        segment = create_segment(config, member, layout)
+        try:
+            await serve(config, member, segment, model, num_blocks)
+        finally:
+            segment.close()
+            segment.unlink()
+
+
+def check_settings(config: PodConfig, model: ModelConfig) -> None:
+    """Raise ConfigError, naming field, value and rule, for settings that do not fit the model."""
+    if config.topology.expert_workers > model.num_experts:
+        raise ConfigError(
+            f"topology.expert_workers={config.topology.expert_workers} must be at most the model's "
+            f"{model.num_experts} experts"
+        )
+    if config.scheduler.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"scheduler.max_model_len={config.scheduler.max_model_len} must be at most the model's window of "
+            f"{model.max_position_embeddings}"
+        )
+
+
+def load_model(config: PodConfig, model_config: ModelConfig, member: Member) -> AttentionModel:
+    """Check the machine's arithmetic and map everything of the model but the experts. Raises ConfigError."""
+    check_row_independence()
+    return AttentionModel.load(
+        settings.model_path(config),
+        model_config,
+        progress=lambda done, total: member.set_detail(f"loading weights {done}/{total}"),
+    )
+
+
+async def serve(
+    config: PodConfig, member: Member, segment: Segment, model: AttentionModel, num_blocks: int
+) -> None:
+    """Run the hot loop until cancelled; raises what ended it."""
+    side = AttentionSide(
+        segment,
+        a2e_shape(config, model.config),
+        member.index,
+        spin_us=config.xccl.spin_us,
+        poll_interval_ms=config.xccl.poll_interval_ms,
+    )
+    executor = make_executor(config, member, segment, model, side, num_blocks)
+    loop = HotLoop(
+        executor,
+        segment,
+        greeting(config, member, model.config, num_blocks),
+        identity=member.identity,
+        scheduler=lambda: member.lookup("scheduler", member.index),
+    )
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    loop.on_failure = thread_failure(failed)
+    hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
+    member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
+    member.counters = lambda: executor.counters_now()
+    loop.start()
+    member.set_state("ready")
+    try:
+        await failed
+    finally:
+        loop.stop(STOP_TIMEOUT_S)
+        side.close()
+
+
+def make_executor(
+    config: PodConfig,
+    member: Member,
+    segment: Segment,
+    model: AttentionModel,
+    side: AttentionSide,
+    num_blocks: int,
+) -> StepExecutor:
+    """Return the executor over the segment's KV blocks."""
+    expert_map = ExpertMap.contiguous(
+        model.config.num_experts,
+        config.topology.expert_workers,
+        has_shared_expert=model.config.has_shared_expert,
+    )
+    executor = StepExecutor(
+        model,
+        model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens),
+        side,
+        segment,
+        expert_map,
+        config.xccl,
+        dp_rank=member.index,
+        rows_max=config.scheduler.max_num_batched_tokens,
+        num_blocks=num_blocks,
+        block_tokens=config.kv.block_tokens,
+    )
+    executor.pod_map = lambda: member.pod_map
+    return executor
+
+
+def greeting(config: PodConfig, member: Member, model: ModelConfig, num_blocks: int) -> ExecutorReady:
+    """Return what the scheduler needs to know of this worker."""
+    return ExecutorReady(
+        index=member.index,
+        incarnation=member.incarnation,
+        num_blocks=num_blocks,
+        block_tokens=config.kv.block_tokens,
+        max_model_len=config.scheduler.max_model_len or model.max_position_embeddings,
+        vocab_size=model.vocab_size,
+    )
+
+
+def main() -> None:
+    """Run this process until it is told to stop."""
+    process.run(attention_main, "attention")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where experts live. Pure planning; live rebalancing builds on the same map."""

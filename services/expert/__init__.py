@@ -1,0 +1,1 @@
+"""Expert workers: no requests, no KV; driven by what arrives."""

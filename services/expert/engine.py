@@ -1,0 +1,136 @@
+"""The hot loop of an expert worker: a thread that never touches asyncio (the paper's persistent kernel, section 5.2).
+
+Life of an exchange: the doorbell rings; `poll` finds the cells that changed; pairs are grouped by (layer, expert);
+each group's rows are gathered straight from the senders' segments, multiplied, and written into this rank's own y
+blocks; `commit` pushes the cell that tells the sender. The loop holds no state between exchanges, so nothing is lost
+when it dies: the senders ask again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import structlog
+
+from bus.errors import SegmentCorrupt
+from bus.memory.segment import Segment
+from bus.xccl.a2e import Arrival, ExpertSide
+from services.expert.core import PairGroup, group_pairs
+from services.model.expert_model import ExpertModel
+
+
+class ExpertEngine:
+    """Serves arrivals until stopped. Counters are written by the hot thread and read by anyone."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        side: ExpertSide,
+        model: ExpertModel,
+        *,
+        owned: Sequence[int],
+        num_experts: int,
+        spin_us: int,
+        idle_beat_ns: int,
+    ):
+        """`owned` are the expert ids held here; `num_experts` is the id of the shared expert, if there is one.
+
+        An idle loop wakes every `idle_beat_ns` to beat its heartbeat word, and otherwise sleeps until it is rung.
+        """
+        self._segment = segment
+        self._side = side
+        self._model = model
+        self._owned = np.asarray(owned, np.int32)
+        self._num_experts = num_experts
+        self._spin_ns = spin_us * 1_000
+        self._idle_beat_ns = idle_beat_ns
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="expert-hot-loop", daemon=True)
+        self._log = structlog.get_logger()
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self.expert_rows = 0
+        self.shared_rows = 0
+        self.exchanges = 0
+        self.products = 0
+        self.corrupt = 0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ask the thread to end and wait for it."""
+        self._stopping.set()
+        self._segment.ring_doorbell()
+        self._thread.join(timeout_s)
+
+    def counters(self) -> dict[str, int]:
+        """Work counted where it happened."""
+        return {
+            "expert_rows": self.expert_rows,
+            "shared_rows": self.shared_rows,
+            "exchanges": self.exchanges,
+            "products": self.products,
+            "corrupt_messages": self.corrupt,
+            "dropped_messages": self._side.num_dropped,
+            "held_weight_bytes": self._model.weights.held_bytes,
+            "held_expert_tensors": len(self._model.weights.tensor_names),
+        }
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._segment.beat()
+                seen = self._side.doorbell()
+                arrivals = self._poll()
+                if arrivals:
+                    self._serve(arrivals)
+                else:
+                    self._side.wait(seen, spin_ns=self._spin_ns, timeout_ns=self._idle_beat_ns)
+        except BaseException as error:
+            self.on_failure(error)
+
+    def _poll(self) -> list[Arrival]:
+        arrivals = self._side.poll(self._reject)
+        return [a for a in arrivals if self._owns_all(a)]
+
+    def _owns_all(self, arrival: Arrival) -> bool:
+        foreign = ~np.isin(arrival.pair_expert, self._owned)
+        if not foreign.any():
+            return True
+        what = f"expert {arrival.pair_expert[foreign][0]} does not live here"
+        self._reject(
+            SegmentCorrupt(what, rank="expert", peer=f"attention-{arrival.peer}", event_id=arrival.event_id)
+        )
+        return False
+
+    def _reject(self, error: SegmentCorrupt) -> None:
+        self.corrupt += 1
+        self._log.error("corrupt_message", error=str(error))
+
+    def _serve(self, arrivals: list[Arrival]) -> None:
+        groups = group_pairs([a.event.layer for a in arrivals], [a.pair_expert for a in arrivals])
+        for group in groups:
+            self._compute(arrivals, group)
+        for arrival in arrivals:
+            self._side.commit(arrival)
+        self.exchanges += len(arrivals)
+
+    def _compute(self, arrivals: list[Arrival], group: PairGroup) -> None:
+        sources = np.unique(group.source)
+        picks = [(arrivals[s], group.pair[group.source == s]) for s in sources]
+        rows = [a.x[a.pair_row[pairs]] for a, pairs in picks]
+        y = self._model.forward(
+            group.layer, group.expert, rows[0] if len(rows) == 1 else np.concatenate(rows)
+        )
+        begin = 0
+        for arrival, pairs in picks:
+            arrival.y[pairs] = y[begin : begin + len(pairs)]
+            begin += len(pairs)
+        self.products += 1
+        if group.expert == self._num_experts:
+            self.shared_rows += begin
+        else:
+            self.expert_rows += begin

@@ -1,0 +1,118 @@
+"""An expert worker's process.
+
+Life cycle:
+    1. take the owner lock and an incarnation; say `Hello` (state starting);
+    2. map the tensors of the experts that this rank owns (and of the shared expert), nothing else of the model;
+    3. sweep what earlier incarnations left; create the segment (cells and y blocks for every attention rank);
+    4. start the hot loop; say ready. From then on attention workers find the segment through the pod map;
+    5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
+
+Opens: a DEALER to the manager; its own segment; the segments of attention workers, when they first write to it.
+If an attention worker dies, nothing here notices but that its cell stays silent; its next incarnation is attached when
+its first message comes. If the manager dies, serving goes on. If the hot loop fails, the process ends with an error
+and is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from bus import config as settings
+from bus import process
+from bus.clock import NS_PER_MS, NS_PER_S, now_ns
+from bus.config import PodConfig
+from bus.control.member import Member
+from bus.errors import ConfigError
+from bus.memory.layout import SegmentLayout
+from bus.memory.segment import Segment
+from bus.xccl.a2e import ExpertSide
+from services.balance.placement import owned_experts
+from services.expert.engine import ExpertEngine
+from services.model.config import ModelConfig, load_config
+from services.model.expert_model import ExpertModel
+from services.model.numerics import check_row_independence
+from services.pod import a2e_shape, create_segment, thread_failure
+
+STOP_TIMEOUT_S = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+async def expert_main(config: PodConfig, index: int) -> None:
+    """Serve as expert rank `index` until cancelled."""
+    member = Member(config, "expert", index)
+    member.segment = member.segment_name
+    async with member:
+        model_config = load_config(settings.model_path(config))
+        model = await asyncio.to_thread(load_model, config, model_config, index, member)
+        shape = a2e_shape(config, model_config)
+        layout = SegmentLayout(shape.expert_cells, shape.expert_managed_bytes, 0)
+        segment = create_segment(config, member, layout)
+        try:
+            await serve(config, model_config, member, segment, model)
+        finally:
+            segment.close()
+            segment.unlink()
+
+
+def load_model(config: PodConfig, model_config: ModelConfig, index: int, member: Member) -> ExpertModel:
+    """Check the machine's arithmetic and map this rank's weights. Raises ConfigError."""
+    check_row_independence()
+    num_workers = config.topology.expert_workers
+    if not 0 <= index < num_workers <= model_config.num_experts:
+        raise ConfigError(
+            f"topology.expert_workers={num_workers} must be above index {index} and at most the model's "
+            f"{model_config.num_experts} experts"
+        )
+    return ExpertModel.load(
+        settings.model_path(config),
+        model_config,
+        owned_experts(model_config.num_experts, num_workers, index),
+        shared=model_config.has_shared_expert,
+        progress=lambda done, total: member.set_detail(f"loading weights {done}/{total}"),
+    )
+
+
+async def serve(
+    config: PodConfig, model_config: ModelConfig, member: Member, segment: Segment, model: ExpertModel
+) -> None:
+    """Run the hot loop until cancelled; raises what ended it."""
+    shape = a2e_shape(config, model_config)
+    pattern = f"/xds-{config.pod}-attention-{{index}}-{{incarnation}}"
+    side = ExpertSide(segment, shape, member.index, pattern)
+    num_experts = model_config.num_experts
+    owned = [*owned_experts(num_experts, config.topology.expert_workers, member.index)]
+    if model_config.has_shared_expert:
+        owned.append(num_experts)
+    hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
+    engine = ExpertEngine(
+        segment,
+        side,
+        model,
+        owned=owned,
+        num_experts=num_experts,
+        spin_us=config.xccl.spin_us,
+        idle_beat_ns=min(NS_PER_S, hang_ns // 4),
+    )
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    engine.on_failure = thread_failure(failed)
+    member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
+    member.counters = engine.counters
+    engine.start()
+    member.set_state("ready")
+    try:
+        await failed
+    finally:
+        engine.stop(STOP_TIMEOUT_S)
+        side.close()
+
+
+def main() -> None:
+    """Run this process until it is told to stop."""
+    process.run(expert_main, "expert")
+
+
+if __name__ == "__main__":
+    main()

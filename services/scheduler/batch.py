@@ -1,0 +1,201 @@
+"""Continuous batching: which tokens of which requests the next step computes, and in which blocks.
+
+Theory. There is no prefill phase and no decode phase. Every request has `num_computed_tokens`, which chases
+its `num_tokens`; a step lets each request catch up as far as the token budget goes. A decoding request lacks
+one token, a new prompt lacks many and gets them in chunks, a preempted request lacks everything again: it is
+all one rule.
+
+Running requests come first, in order of admission, so nobody who streams waits for a newcomer's prompt. Then
+waiting requests are admitted first come, first served, when all tokens known of them find blocks; the head of
+the queue is never overtaken. When a running request needs a block and none is free, the newest running
+request is preempted: its blocks are taken back and it waits, first in line, to be computed again from prompt
+and output. Preemption is not an error and loses no token. The oldest running request is never preempted and
+every admitted request fits the pool alone, so every step makes progress.
+
+Blocks of a request that ends while a step is under way retire: the executor may still write them, so they are
+free only when the step is over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from bus.control.messages import PlannedSequence
+from services.cache.blocks import BlockPool
+from services.scheduler.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledRequest:
+    """`num_tokens` tokens of `request` from its `num_computed_tokens` on; if `sample`, one more is drawn."""
+
+    request: Request
+    num_tokens: int
+    sample: bool
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many prompt log-probabilities this chunk yields: one per row that a prompt token follows."""
+        request = self.request
+        if not request.wants_prompt_logprobs:
+            return 0
+        end = min(request.num_computed_tokens + self.num_tokens, request.num_prompt_tokens - 1)
+        return max(0, end - request.num_computed_tokens)
+
+    def planned(self) -> PlannedSequence:
+        """Return the executor's view of it; self-contained."""
+        request = self.request
+        start = request.num_computed_tokens
+        num_prompt_logprobs = self.num_prompt_logprobs
+        return PlannedSequence(
+            request_id=request.request_id,
+            token_ids=tuple(request.token_ids[start : start + self.num_tokens]),
+            start=start,
+            block_table=tuple(request.block_ids),
+            sample=self.sample,
+            sampling=request.sampling if self.sample or num_prompt_logprobs else None,
+            num_prompt_tokens=request.num_prompt_tokens,
+            allow_stop=request.allow_stop,
+            next_prompt_token_ids=tuple(request.token_ids[start + 1 : start + 1 + num_prompt_logprobs]),
+        )
+
+
+class Batcher:
+    """The waiting queue, the running list and the blocks of one DP group. One step at a time."""
+
+    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.pool: BlockPool | None = None
+        self.retiring_block_ids: list[int] = []
+        self.num_preemptions = 0
+
+    def attach(self, pool: BlockPool) -> None:
+        """Begin with an executor's empty blocks."""
+        assert self.pool is None and not self.running and not self.retiring_block_ids
+        self.pool = pool
+
+    def detach(self) -> None:
+        """The blocks are gone: every running request is preempted, the oldest first in line."""
+        self.release_retired()
+        while self.running:
+            self._preempt(self.running.pop())
+        self.pool = None
+
+    def enqueue(self, request: Request) -> None:
+        """Put a new request at the end of the queue."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request, status: RequestStatus, *, step_under_way: bool) -> None:
+        """Take a request out for good; `step_under_way` = the executor may still write its blocks."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        if step_under_way:
+            self.retiring_block_ids += request.block_ids
+        else:
+            self._free(request.block_ids)
+        request.block_ids = []
+        request.move_to(status)
+
+    def release_retired(self) -> None:
+        """The step is over: nobody writes retired blocks any more."""
+        self._free(self.retiring_block_ids)
+        self.retiring_block_ids = []
+
+    def schedule(self) -> list[ScheduledRequest]:
+        """Choose the next step's work and allocate its blocks; empty when there is none or no executor."""
+        if self.pool is None:
+            return []
+        num_preemptions = self.num_preemptions
+        step = self._schedule_running(self.pool)
+        if self.num_preemptions == num_preemptions:
+            self._admit_waiting(self.pool, step)
+        return step
+
+    def _schedule_running(self, pool: BlockPool) -> list[ScheduledRequest]:
+        step: list[ScheduledRequest] = []
+        budget = self.max_num_batched_tokens
+        position = 0
+        # The victim is always the last, never one that is already in the step, so the list may shrink under
+        # us.
+        while position < len(self.running) and budget > 0:
+            request = self.running[position]
+            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            if not self._make_room(pool, request, num_tokens):
+                break
+            step.append(_scheduled(request, num_tokens))
+            budget -= num_tokens
+            position += 1
+        return step
+
+    def _make_room(self, pool: BlockPool, request: Request, num_tokens: int) -> bool:
+        """Allocate what `request` lacks, preempting the newest as needed; False = it was the newest."""
+        num_missing = pool.blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_ids)
+        while not pool.can_allocate(num_missing):
+            victim = self.running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        request.block_ids += pool.allocate(max(0, num_missing))
+        return True
+
+    def _admit_waiting(self, pool: BlockPool, step: list[ScheduledRequest]) -> None:
+        budget = self.max_num_batched_tokens - sum(scheduled.num_tokens for scheduled in step)
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            # Room for all of it, not just for the first chunk: otherwise a long prompt would be let in only
+            # to be preempted half-way, again and again.
+            if not pool.can_allocate(pool.blocks_for(request.num_tokens)):
+                return
+            self.waiting.popleft()
+            request.move_to(RequestStatus.RUNNING)
+            self.running.append(request)
+            num_tokens = min(request.num_tokens, budget)
+            request.block_ids = pool.allocate(pool.blocks_for(num_tokens))
+            step.append(_scheduled(request, num_tokens))
+            budget -= num_tokens
+
+    def _preempt(self, request: Request) -> None:
+        self._free(request.block_ids)
+        request.block_ids = []
+        request.forget_computed()
+        request.move_to(RequestStatus.PREEMPTED)
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _free(self, block_ids: list[int]) -> None:
+        if block_ids:
+            assert self.pool is not None, "blocks outlived their pool"
+            self.pool.free(block_ids)
+
+    def check_invariants(self) -> None:
+        """Assert that states, collections and blocks agree."""
+        held = list(self.retiring_block_ids)
+        for request in self.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request
+            assert not request.block_ids and request.num_computed_tokens == 0, request
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING, request
+            assert 0 <= request.num_computed_tokens < request.num_tokens, request
+            assert self.pool is not None
+            assert len(request.block_ids) >= self.pool.blocks_for(request.num_computed_tokens), request
+            held += request.block_ids
+        everyone = [*self.waiting, *self.running]
+        assert len({id(request) for request in everyone}) == len(everyone), "a request is in two places"
+        assert len(self.running) <= self.max_num_seqs
+        assert len(set(held)) == len(held), "a block has two owners"
+        if self.pool is None:
+            assert not self.running and not held, "blocks without an executor"
+        else:
+            self.pool.check_invariants()
+            assert self.pool.num_used == len(held), "a block leaked"
+
+
+def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:
+    catches_up = request.num_computed_tokens + num_tokens == request.num_tokens
+    return ScheduledRequest(request, num_tokens, sample=catches_up and request.samples)

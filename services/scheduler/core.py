@@ -1,0 +1,321 @@
+"""The scheduler of one DP group (the paper's DP master), as a pure state machine: events in,
+instructions out.
+
+Theory. `batch.py` says what a step computes; this file says when, for whom, and what becomes of the result.
+One step is outstanding at a time. Whenever none is and somebody can be served, the next plan goes out in the
+same call that made it possible, so there is no state in which work waits for a nudge. A step's tokens go
+straight to the gateway that holds the client. No clock, socket or randomness in here: `now_ns` comes in with
+each call.
+
+States of a request: see `request.py`. States of the executor: see `executor.py`. Losing the executor costs
+time only: every running request is preempted and computed again from prompt and output by the next
+incarnation; results of an older incarnation or of a forgotten step are ignored. While there is none, requests
+queue, each for a bounded time. A request under which several executors in a row are lost, without one step of
+it done, is failed: it may be what kills them.
+
+Requests are keyed by id. The same (gateway, id, attempt) again is accepted again and changes nothing; a later
+attempt, or another gateway's, replaces the older one silently; an earlier one is ignored.
+
+`check_invariants` asserts: every request is in exactly the collection that its state says; blocks have one
+owner and none leaked; a step outstanding belongs to the connected executor; no request that is over is still
+known; and, with an executor connected, either nobody is left or a step is outstanding.
+"""
+
+from __future__ import annotations
+
+from bus.control.messages import (
+    AbortRequest,
+    AddRequest,
+    ExecutorReady,
+    SampledToken,
+    StepCompleted,
+    StepFailed,
+    StepPlan,
+)
+from services.cache.blocks import BlockPool
+from services.scheduler import replies
+from services.scheduler.admission import Refusal, length_refusal, refusal, vocabulary_refusal
+from services.scheduler.batch import Batcher, ScheduledRequest
+from services.scheduler.events import (
+    Event,
+    ExecutorConnected,
+    ExecutorLost,
+    FromGateway,
+    GatewayLost,
+    Instruction,
+    SendPlan,
+    Tick,
+)
+from services.scheduler.executor import Executor, OutstandingStep
+from services.scheduler.request import FINISHED, Request, RequestStatus
+from services.scheduler.settings import CoreSettings, Counters
+
+STEPS_PER_INCARNATION = 1 << 20
+
+
+class SchedulerCore:
+    """See the module's docstring. `handle` is the only way to change it."""
+
+    def __init__(self, settings: CoreSettings, *, now_ns: int) -> None:
+        self.settings = settings
+        self.counters = Counters()
+        self.requests: dict[str, Request] = {}
+        self.executor = Executor(now_ns=now_ns)
+        self.batch = Batcher(
+            max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens
+        )
+        self._limits = settings.limits
+        # Never the number of a step that an earlier incarnation of this scheduler planned: an executor may
+        # still be busy with that one when it connects to us, and answer it.
+        self._next_step_id = settings.incarnation * STEPS_PER_INCARNATION + 1
+        self._instructions: list[Instruction] = []
+
+    def handle(self, *events: Event, now_ns: int) -> list[Instruction]:
+        """Take in what happened, in order, and return what to do, in order.
+
+        Events that arrived together should be handed over together: the next step is planned after the last
+        of them, so they share it. Never raises for what a peer sent.
+        """
+        for event in events:
+            self._handle_one(event, now_ns)
+        self._start_step(now_ns)
+        instructions, self._instructions = self._instructions, []
+        return instructions
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is known."""
+        return not self.requests
+
+    def snapshot(self) -> dict[str, int]:
+        """Return gauges and counters for the heartbeat."""
+        pool = self.batch.pool
+        return {
+            "num_running": len(self.batch.running),
+            "num_waiting": len(self.batch.waiting),
+            "num_blocks": pool.num_blocks if pool else 0,
+            "num_free_blocks": pool.num_free if pool else 0,
+            "num_preemptions": self.batch.num_preemptions,
+            **self.counters.as_dict(),
+        }
+
+    def _handle_one(self, event: Event, now_ns: int) -> None:
+        match event:
+            case FromGateway(gateway, AddRequest() as message):
+                self._add(gateway, message, now_ns)
+            case FromGateway(gateway, AbortRequest() as message):
+                self._abort(gateway, message)
+            case GatewayLost(gateway):
+                for request in [r for r in self.requests.values() if r.gateway == gateway]:
+                    self._drop(request)
+            case ExecutorConnected(ready):
+                self._connect(ready, now_ns)
+            case ExecutorLost(incarnation, _, dead):
+                # A connection that broke is nobody's fault: the plan has not even been sent.
+                self._lose(incarnation, dead=dead, is_suspicious=dead, now_ns=now_ns)
+            case StepCompleted():
+                self._complete_step(event, now_ns)
+            case StepFailed():
+                self._fail_step(event, now_ns)
+            case Tick():
+                self._check_deadlines(now_ns)
+
+    # ---------------------------------------------------------------- requests
+
+    def _add(self, gateway: str, message: AddRequest, now_ns: int) -> None:
+        known = self.requests.get(message.request_id)
+        if known is not None and known.gateway == gateway:
+            if message.attempt < known.attempt:
+                return
+            if message.attempt == known.attempt:
+                self._instructions.append(replies.accepted(known))
+                return
+        if known is not None:
+            self._drop(known)
+        refused = refusal(message, self._limits)
+        if refused is None:
+            request = Request.from_message(gateway, message, now_ns=now_ns)
+            refused = self._admit(request)
+        if refused is not None:
+            self.counters.num_rejected_requests += 1
+            self._instructions.append(replies.rejected(gateway, message, refused))
+
+    def _admit(self, request: Request) -> Refusal | None:
+        """Queue the request, or finish it when nothing is left to do; return why neither was possible."""
+        finish = request.finish()
+        num_waiting, most = len(self.batch.waiting), self.settings.max_waiting_requests
+        if finish is None and num_waiting >= most:
+            return Refusal("queue_full", f"{num_waiting} requests wait; max_waiting_requests is {most}")
+        self.counters.num_accepted_requests += 1
+        self._instructions.append(replies.accepted(request))
+        if finish is not None:
+            self.counters.num_finished_requests += 1
+            self._instructions.append(replies.generated(request, (), finish))
+            return None
+        self.requests[request.request_id] = request
+        self.batch.enqueue(request)
+        return None
+
+    def _abort(self, gateway: str, message: AbortRequest) -> None:
+        request = self.requests.get(message.request_id)
+        if request is not None and request.gateway == gateway and message.attempt >= request.attempt:
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        """End a request that nobody listens to any more."""
+        self._remove(request, RequestStatus.FINISHED_ABORT)
+        self.counters.num_aborted_requests += 1
+
+    def _fail(self, request: Request, code: str, text: str, *, retryable: bool) -> None:
+        self._remove(request, RequestStatus.FINISHED_ERROR)
+        self.counters.num_failed_requests += 1
+        self._instructions.append(replies.failed(request, code, text, retryable=retryable))
+
+    def _remove(self, request: Request, status: RequestStatus) -> None:
+        del self.requests[request.request_id]
+        self.batch.remove(request, status, step_under_way=self.executor.step is not None)
+
+    # ---------------------------------------------------------------- executor
+
+    def _connect(self, ready: ExecutorReady, now_ns: int) -> None:
+        if min(ready.num_blocks, ready.block_tokens, ready.max_model_len, ready.vocab_size) < 1:
+            self.counters.num_ignored_results += 1
+            return
+        if not self.executor.is_news(ready):
+            return
+        if self.executor.connected is not None:
+            self._lose(self.executor.connected.incarnation, dead=True, is_suspicious=True, now_ns=now_ns)
+        self.executor.connect(ready)
+        self.batch.attach(BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens))
+        self._limits = self.settings.limits.narrowed_by(ready)
+        for request in list(self.requests.values()):
+            self._check_limits(request)
+
+    def _check_limits(self, request: Request) -> None:
+        """Fail a request that was accepted before the limits were known and does not keep them."""
+        refused = length_refusal(
+            request.num_prompt_tokens, request.sampling.max_tokens, self._limits
+        ) or vocabulary_refusal(request.token_ids, self._limits)
+        if refused is not None:
+            self._fail(request, refused.code, refused.message, retryable=False)
+
+    def _lose(self, incarnation: int, *, dead: bool, is_suspicious: bool, now_ns: int) -> None:
+        """The executor is gone; `is_suspicious` = what it computed may be why."""
+        if dead:
+            self.executor.bury(incarnation)
+        connected = self.executor.connected
+        if connected is None or connected.incarnation > incarnation:
+            return
+        step = self.executor.disconnect(may_return=not dead, now_ns=now_ns)
+        self.counters.num_executors_lost += 1
+        self.batch.detach()
+        for scheduled in step.scheduled if step is not None and is_suspicious else ():
+            self._count_loss(scheduled.request)
+
+    def _count_loss(self, request: Request) -> None:
+        request.num_losses += 1
+        if request.num_losses >= self.settings.max_num_losses and request.status not in FINISHED:
+            text = (
+                f"{request.num_losses} attention workers in a row were lost while they computed this request"
+            )
+            self._fail(request, "executor_lost", text, retryable=False)
+
+    def _check_deadlines(self, now_ns: int) -> None:
+        connected, step = self.executor.connected, self.executor.step
+        if connected is not None:
+            if step is not None and now_ns >= step.deadline_ns:
+                self._lose(connected.incarnation, dead=False, is_suspicious=True, now_ns=now_ns)
+            return
+        for request in list(self.requests.values()):
+            waited_ns = now_ns - max(self.executor.absent_since_ns, request.arrived_at_ns)
+            if waited_ns >= self.settings.executor_wait_ns:
+                text = f"no attention worker for {waited_ns // 1_000_000} ms"
+                self._fail(request, "executor_absent", text, retryable=True)
+
+    # ---------------------------------------------------------------- steps
+
+    def _start_step(self, now_ns: int) -> None:
+        if self.executor.connected is None or self.executor.step is not None:
+            return
+        scheduled = self.batch.schedule()
+        if not scheduled:
+            return
+        plan = StepPlan(
+            step_id=self._next_step_id,
+            scheduler_incarnation=self.settings.incarnation,
+            sequences=tuple(one.planned() for one in scheduled),
+        )
+        self._next_step_id += 1
+        self.executor.step = OutstandingStep(plan.step_id, now_ns + self.settings.step_timeout_ns, scheduled)
+        self.counters.num_scheduled_tokens += sum(one.num_tokens for one in scheduled)
+        self._instructions.append(SendPlan(self.executor.connected.incarnation, plan))
+
+    def _take_step(self, result: StepCompleted | StepFailed, now_ns: int) -> list[ScheduledRequest]:
+        """Return what `result` answers that still runs; then the step is over and its retired blocks free."""
+        if self.executor.is_back(result) and self.executor.stalled is not None:
+            self._connect(self.executor.stalled, now_ns)
+        step = self.executor.take_step(result)
+        if step is None:
+            self.counters.num_ignored_results += 1
+            return []
+        self.batch.release_retired()
+        return [one for one in step.scheduled if one.request.status is RequestStatus.RUNNING]
+
+    def _complete_step(self, result: StepCompleted, now_ns: int) -> None:
+        sampled_by_id = {sampled.request_id: sampled for sampled in result.sampled}
+        scheduled = self._take_step(result, now_ns)
+        for one in scheduled:
+            self._advance(one, sampled_by_id.get(one.request.request_id))
+        self.counters.num_steps += bool(scheduled)
+
+    def _advance(self, scheduled: ScheduledRequest, sampled: SampledToken | None) -> None:
+        request = scheduled.request
+        complaint = replies.complaint(scheduled, sampled, self._limits.vocab_size)
+        if sampled is None or complaint is not None:
+            self._fail(request, "executor_protocol", complaint or "", retryable=True)
+            return
+        request.num_losses = 0
+        request.prompt_logprobs += sampled.prompt_logprobs
+        request.num_computed_tokens += scheduled.num_tokens
+        if request.num_computed_tokens == request.num_tokens:
+            self._emit(request, sampled)
+
+    def _emit(self, request: Request, sampled: SampledToken) -> None:
+        """The request has caught up: hand out the token drawn, if it draws any, and the last word if due."""
+        token_ids = (sampled.token_id,) if request.samples else ()
+        request.token_ids += token_ids
+        self.counters.num_generated_tokens += len(token_ids)
+        prompt_logprobs = request.take_prompt_logprobs()
+        finish = request.finish()
+        self._instructions.append(
+            replies.generated(
+                request, token_ids, finish, logprob=sampled.logprob, prompt_logprobs=prompt_logprobs
+            )
+        )
+        if finish is not None:
+            stopped = finish.reason == "stop"
+            self._remove(request, RequestStatus.FINISHED_STOP if stopped else RequestStatus.FINISHED_LENGTH)
+            self.counters.num_finished_requests += 1
+
+    def _fail_step(self, result: StepFailed, now_ns: int) -> None:
+        for scheduled in self._take_step(result, now_ns):
+            self._fail(scheduled.request, result.code, result.message, retryable=True)
+
+    # ---------------------------------------------------------------- checks
+
+    def check_invariants(self) -> None:
+        """Assert everything that the module's docstring promises. O(tokens in use)."""
+        batch, step = self.batch, self.executor.step
+        batch.check_invariants()
+        self.executor.check_invariants()
+        queued = {id(request) for request in [*batch.waiting, *batch.running]}
+        assert queued == {id(request) for request in self.requests.values()}, "a request is lost or left over"
+        for request_id, request in self.requests.items():
+            assert request.request_id == request_id and request.status not in FINISHED, request
+            assert request.finish() is None, f"{request_id} is over and still known"
+        for scheduled in step.scheduled if step is not None else ():
+            assert scheduled.request.status in FINISHED | {RequestStatus.RUNNING}, scheduled.request
+        is_connected = self.executor.connected is not None
+        assert (batch.pool is not None) == is_connected, "blocks without an executor, or the reverse"
+        assert step is not None or not batch.retiring_block_ids, "blocks retire from no step"
+        assert step is not None or self.is_idle or not is_connected, "work waits for nothing"

@@ -1,0 +1,341 @@
+"""One DP group in one process: a scheduler's core, toy executors, gateways, and all that may happen to them.
+
+All randomness comes from one seed. A channel is the queue of one connection: first in, first out, as slow as
+chance wants it, independent of the others. Whatever dies leaves behind what its sockets already held.
+
+Faults: an executor dies (with or without notice, in mid-step) and its next incarnation connects; a step is
+overdue; a step fails; a scheduler dies, and the executor, possibly busy with the old one's plan, connects to
+the next; a gateway dies; requests arrive twice, are aborted, or are dispatched again while they run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from bus.control.messages import (
+    AbortRequest,
+    AddRequest,
+    ExecutorReady,
+    RequestAccepted,
+    RequestFailed,
+    RequestRejected,
+    SamplingParams,
+    StepFailed,
+    StepPlan,
+    TokenLogprob,
+    TokensGenerated,
+)
+from services.scheduler.admission import Limits
+from services.scheduler.core import SchedulerCore
+from services.scheduler.events import (
+    Event,
+    ExecutorConnected,
+    ExecutorLost,
+    FromGateway,
+    GatewayLost,
+    Reply,
+    SendPlan,
+    Tick,
+    ToGateway,
+)
+from services.scheduler.settings import CoreSettings
+from tests.harness.toy_executor import ToyExecutor, oracle_outputs, oracle_prompt_logprobs
+
+STEP_TIMEOUT_NS = 1000
+NUM_REQUESTS = 12
+NUM_FAULTY_TURNS = 300
+NUM_TURNS_MAX = 20_000
+
+
+@dataclass
+class Client:
+    """One request as its gateway knows it, with what the oracle says it must become."""
+
+    gateway: str
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    outputs: list[int]
+    prompt_logprobs: list[TokenLogprob]
+    attempt: int = 0
+    received: list[int] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
+    is_over: bool = False
+    is_abandoned: bool = False
+
+    def message(self) -> AddRequest:
+        return AddRequest(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            prompt_token_ids=self.prompt,
+            output_token_ids=tuple(self.received),
+            sampling=self.sampling,
+        )
+
+    def take(self, message: TokensGenerated) -> None:
+        """Assert that these are the oracle's next tokens, the last word exactly with the last."""
+        assert message.first_index == len(self.received), "a token was repeated or skipped"
+        self.received += message.token_ids
+        assert self.received == self.outputs[: len(self.received)], "not the oracle's tokens"
+        self.num_prompt_logprobs += len(message.prompt_logprobs)
+        if message.prompt_logprobs:
+            assert list(message.prompt_logprobs) == self.prompt_logprobs
+        if message.finish_reason:
+            self.is_over = True
+            assert self.received == self.outputs
+            assert self.num_prompt_logprobs == len(self.prompt_logprobs)
+            stopped = message.finish_reason == "stop"
+            assert message.stop_token_id == (self.outputs[-1] if stopped else -1)
+            assert stopped or len(self.outputs) == self.sampling.max_tokens
+        else:
+            assert len(self.received) < self.sampling.max_tokens, "the last word is missing"
+
+
+class World:
+    """See the module's docstring. `run` is the whole test."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        chance = self.random
+        self.now_ns = 0
+        self.vocab_size = chance.randint(6, 40)
+        self.block_tokens = chance.randint(1, 4)
+        self.num_blocks = chance.randint(20, 60) // self.block_tokens
+        self.settings = {
+            "max_num_seqs": chance.randint(1, 6),
+            "max_num_batched_tokens": chance.randint(1, 24),
+            "max_waiting_requests": chance.randint(2, NUM_REQUESTS),
+        }
+        self.gateways = {"gateway-0.1", "gateway-1.1"}
+        self.clients: dict[str, Client] = {}
+        self.to_scheduler: dict[str, deque[Event]] = {}
+        self.scheduler_incarnation = 0
+        self.executor_incarnation = 0
+        self.num_replies = 0
+        self.executor: ToyExecutor
+        self.plans: deque[StepPlan] = deque()
+        self.start_scheduler()
+        self.start_executor()
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> None:
+        """Live through the faults, then let everybody finish and look at what is left."""
+        faults = [
+            (30, self.deliver),
+            (12, self.work),
+            (4, self.add_request),
+            (1, self.repeat_request),
+            (1, self.dispatch_again),
+            (1, self.abort_request),
+            (1, self.kill_executor),
+            (1, self.pass_step_timeout),
+            (0.5, self.fail_step),
+            (0.5, self.kill_scheduler),
+            (0.2, self.kill_gateway),
+        ]
+        weights, actions = zip(*faults, strict=True)
+        for action in self.random.choices(actions, weights, k=NUM_FAULTY_TURNS):
+            action()
+        for _ in range(NUM_TURNS_MAX):
+            if not any(self.to_scheduler.values()) and not self.plans:
+                break
+            self.random.choice((self.deliver, self.work))()
+        self.check_end()
+
+    def check_end(self) -> None:
+        for client in self.clients.values():
+            assert client.is_over or client.is_abandoned, f"{client.request_id} never ended"
+        snapshot = self.core.snapshot()
+        assert self.core.is_idle and snapshot["num_running"] == snapshot["num_waiting"] == 0
+        assert snapshot["num_free_blocks"] == snapshot["num_blocks"] == self.num_blocks
+
+    def feed(self, *events: Event) -> None:
+        """Hand events to the core, check it, and carry out what it says."""
+        self.now_ns += self.random.randint(0, 3)
+        instructions = self.core.handle(*events, now_ns=self.now_ns)
+        self.core.check_invariants()
+        for instruction in instructions:
+            match instruction:
+                case SendPlan(incarnation, plan):
+                    self.send_plan(incarnation, plan)
+                case Reply(gateway, message):
+                    self.receive(gateway, message)
+
+    def send_plan(self, incarnation: int, plan: StepPlan) -> None:
+        if incarnation == self.executor_incarnation:
+            self.plans.append(plan)
+        else:  # the socket finds nobody there
+            self.channel("scheduler").append(ExecutorLost(incarnation, "unreachable", dead=False))
+
+    def channel(self, sender: str) -> deque[Event]:
+        return self.to_scheduler.setdefault(sender, deque())
+
+    def say(self, client: Client, message: AddRequest | AbortRequest) -> None:
+        self.channel(client.gateway).append(FromGateway(client.gateway, message))
+
+    def deliver(self) -> None:
+        """Let the scheduler hear what waits in one or more channels."""
+        channels = [channel for channel in self.to_scheduler.values() if channel]
+        self.random.shuffle(channels)
+        events: list[Event] = []
+        for channel in channels[: self.random.randint(1, 3)]:
+            events += [channel.popleft() for _ in range(self.random.randint(1, len(channel)))]
+        if events:
+            self.feed(*events)
+
+    # ---------------------------------------------------------------- executor
+
+    def start_executor(self) -> None:
+        self.executor_incarnation += 1
+        self.plans.clear()
+        ready = ExecutorReady(
+            index=0,
+            incarnation=self.executor_incarnation,
+            num_blocks=self.num_blocks,
+            block_tokens=self.block_tokens,
+            max_model_len=1000,
+            vocab_size=self.vocab_size,
+        )
+        self.executor = ToyExecutor(ready)
+        self.executor_says(*[ExecutorConnected(ready)] * self.random.randint(1, 3))
+
+    def executor_says(self, *events: Event) -> None:
+        self.channel(f"attention-0.{self.executor_incarnation}").extend(events)
+
+    def work(self) -> None:
+        """Let the executor do a step; it may be one that a scheduler planned which is dead by now."""
+        if self.plans:
+            self.executor_says(self.executor.run(self.plans.popleft()))
+
+    def fail_step(self) -> None:
+        if self.plans:
+            plan = self.plans.popleft()
+            incarnation = self.executor_incarnation
+            self.executor_says(
+                StepFailed(
+                    step_id=plan.step_id, incarnation=incarnation, code="peer_died", message="expert-0"
+                )
+            )
+
+    def kill_executor(self) -> None:
+        """End it; some of what it said is lost, the rest comes late; the news of its death comes whenever."""
+        channel = self.channel(f"attention-0.{self.executor_incarnation}")
+        for _ in range(self.random.randint(0, len(channel))):
+            channel.pop()
+        self.channel("locks").append(ExecutorLost(self.executor_incarnation, "owner lock is free"))
+        self.start_executor()
+
+    def pass_step_timeout(self) -> None:
+        self.now_ns += STEP_TIMEOUT_NS
+        self.feed(Tick())
+
+    # ---------------------------------------------------------------- scheduler
+
+    def start_scheduler(self) -> None:
+        self.scheduler_incarnation += 1
+        settings = CoreSettings(
+            incarnation=self.scheduler_incarnation,
+            limits=Limits(),
+            step_timeout_ns=STEP_TIMEOUT_NS,
+            executor_wait_ns=2 * STEP_TIMEOUT_NS,
+            max_num_losses=1_000_000,  # chance is cruel to the innocent
+            **self.settings,
+        )
+        self.core = SchedulerCore(settings, now_ns=self.now_ns)
+
+    def kill_scheduler(self) -> None:
+        """Everything in its sockets is lost; the executor connects anew, the gateways dispatch again."""
+        self.start_scheduler()
+        self.to_scheduler.clear()
+        if self.random.random() < 0.5:
+            self.plans.clear()
+        self.executor_says(ExecutorConnected(self.executor.ready))
+        for client in self.living_clients():
+            self.redispatch(client)
+
+    # ---------------------------------------------------------------- gateways
+
+    def living_clients(self) -> list[Client]:
+        return [client for client in self.clients.values() if not client.is_over and not client.is_abandoned]
+
+    def pick(self) -> Client | None:
+        living = self.living_clients()
+        return self.random.choice(living) if living else None
+
+    def add_request(self) -> None:
+        if len(self.clients) >= NUM_REQUESTS:
+            return
+        chance = self.random
+        max_tokens = chance.randint(0, 8)
+        prompt = tuple(chance.randrange(self.vocab_size) for _ in range(chance.randint(1, 10)))
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=chance.randint(0, max_tokens) if chance.random() < 0.3 else 0,
+            seed=chance.randrange(1000),
+            eos_token_ids=(0,),
+            stop_token_ids=(1,) if chance.random() < 0.3 else (),
+            ignore_eos=chance.random() < 0.3,
+            prompt_logprobs=0 if chance.random() < 0.3 else -1,
+        )
+        client = Client(
+            gateway=chance.choice(sorted(self.gateways)),
+            request_id=f"request-{len(self.clients)}",
+            prompt=prompt,
+            sampling=sampling,
+            outputs=oracle_outputs(prompt, sampling, self.vocab_size),
+            prompt_logprobs=oracle_prompt_logprobs(prompt) if sampling.prompt_logprobs >= 0 else [],
+        )
+        self.clients[client.request_id] = client
+        self.say(client, client.message())
+
+    def repeat_request(self) -> None:
+        """Send the same attempt again; it tells what the gateway has by now, but changes nothing."""
+        if client := self.pick():
+            self.say(client, client.message())
+
+    def dispatch_again(self) -> None:
+        if client := self.pick():
+            self.redispatch(client)
+
+    def redispatch(self, client: Client) -> None:
+        client.attempt += 1
+        self.say(client, client.message())
+
+    def abort_request(self) -> None:
+        if client := self.pick():
+            client.is_abandoned = True
+            self.say(client, AbortRequest(request_id=client.request_id, attempt=client.attempt))
+
+    def kill_gateway(self) -> None:
+        """Its clients are gone; the next incarnation takes new ones. What it said may come late."""
+        dead = self.random.choice(sorted(self.gateways))
+        name, incarnation = dead.split(".")
+        self.gateways = self.gateways - {dead} | {f"{name}.{int(incarnation) + 1}"}
+        for client in self.living_clients():
+            client.is_abandoned |= client.gateway == dead
+        self.channel("locks").append(GatewayLost(dead))
+
+    def receive(self, gateway: str, message: ToGateway) -> None:
+        """Do what a gateway does with the scheduler's word."""
+        self.num_replies += 1
+        if gateway not in self.gateways:
+            self.channel("scheduler").append(GatewayLost(gateway))  # the socket finds nobody there
+            return
+        client = self.clients[message.request_id]
+        if client.is_over or client.is_abandoned or message.attempt != client.attempt:
+            return
+        assert client.gateway == gateway
+        match message:
+            case RequestAccepted():
+                return
+            case TokensGenerated():
+                client.take(message)
+            case RequestFailed():
+                assert message.retryable, message
+                self.redispatch(client)
+            case RequestRejected():
+                assert message.code == "queue_full", message
+                self.redispatch(client)

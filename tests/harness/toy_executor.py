@@ -1,0 +1,105 @@
+"""An executor and its oracle in which every mistake of a scheduler shows up in the tokens.
+
+The next token is a hash of all tokens before it. The oracle hashes the list; the executor hashes what it
+reads back from its KV blocks through the block table, where each entry remembers token and position. A block
+that two requests share, a block reused while it is still written, a position that was skipped, a stale table:
+each changes the hash.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+
+from bus.control.messages import (
+    ExecutorReady,
+    PlannedSequence,
+    SampledToken,
+    SamplingParams,
+    StepCompleted,
+    StepPlan,
+    TokenLogprob,
+)
+
+
+def _digest(tokens: Sequence[int], salt: int) -> int:
+    return zlib.crc32(array("q", [*tokens, salt]).tobytes())
+
+
+def _stop_ids(sampling: SamplingParams) -> tuple[int, ...]:
+    return sampling.stop_token_ids + (() if sampling.ignore_eos else sampling.eos_token_ids)
+
+
+def next_token(tokens: Sequence[int], sampling: SamplingParams, *, allow_stop: bool, vocab_size: int) -> int:
+    """Draw the token after `tokens`, keyed by seed and position as the real sampler is."""
+    masked = () if allow_stop else _stop_ids(sampling)
+    token_id = _digest(tokens, sampling.seed) % vocab_size
+    while token_id in masked:
+        token_id = (token_id + 1) % vocab_size
+    return token_id
+
+
+def prompt_logprob(tokens: Sequence[int], following: int) -> TokenLogprob:
+    """Return the made-up log-probability of `following` after `tokens`."""
+    return TokenLogprob(token_id=following, logprob=-float(_digest(tokens, following) % 1000))
+
+
+def oracle_outputs(prompt: Sequence[int], sampling: SamplingParams, vocab_size: int) -> list[int]:
+    """Return all output tokens of a request, the one that stops it included."""
+    outputs: list[int] = []
+    while len(outputs) < sampling.max_tokens:
+        allow_stop = len(outputs) >= sampling.min_tokens
+        token_id = next_token([*prompt, *outputs], sampling, allow_stop=allow_stop, vocab_size=vocab_size)
+        outputs.append(token_id)
+        if allow_stop and token_id in _stop_ids(sampling):
+            break
+    return outputs
+
+
+def oracle_prompt_logprobs(prompt: Sequence[int]) -> list[TokenLogprob]:
+    """Return the log-probabilities of prompt positions 1 .. n-1."""
+    return [prompt_logprob(prompt[:end], prompt[end]) for end in range(1, len(prompt))]
+
+
+class ToyExecutor:
+    """One incarnation. Its blocks begin with garbage, as a fresh segment's may."""
+
+    def __init__(self, ready: ExecutorReady) -> None:
+        self.ready = ready
+        num_slots = ready.num_blocks * ready.block_tokens
+        self._slots = [(-1, -ready.incarnation * 1000 - slot) for slot in range(num_slots)]
+
+    def run(self, plan: StepPlan) -> StepCompleted:
+        """Write the KV of every planned token, then draw."""
+        for sequence in plan.sequences:
+            for offset, token_id in enumerate(sequence.token_ids):
+                position = sequence.start + offset
+                self._slots[self._slot(sequence, position)] = (position, token_id)
+        sampled = tuple(self._sample(sequence) for sequence in plan.sequences)
+        return StepCompleted(step_id=plan.step_id, incarnation=self.ready.incarnation, sampled=sampled)
+
+    def _slot(self, sequence: PlannedSequence, position: int) -> int:
+        block, offset = divmod(position, self.ready.block_tokens)
+        return sequence.block_table[block] * self.ready.block_tokens + offset
+
+    def _read(self, sequence: PlannedSequence, end: int) -> list[int]:
+        """Return the tokens at positions 0 .. end - 1; a foreign entry reads as -1, which no token is."""
+        entries = [self._slots[self._slot(sequence, position)] for position in range(end)]
+        return [token_id if at == position else -1 for position, (at, token_id) in enumerate(entries)]
+
+    def _sample(self, sequence: PlannedSequence) -> SampledToken:
+        tokens = self._read(sequence, sequence.start + len(sequence.token_ids))
+        token_id = -1
+        if sequence.sample:
+            assert sequence.sampling is not None
+            token_id = next_token(
+                tokens, sequence.sampling, allow_stop=sequence.allow_stop, vocab_size=self.ready.vocab_size
+            )
+        prompt_logprobs = tuple(
+            prompt_logprob(tokens[: sequence.start + offset + 1], following)
+            for offset, following in enumerate(sequence.next_prompt_token_ids)
+        )
+        return SampledToken(
+            request_id=sequence.request_id, token_id=token_id, prompt_logprobs=prompt_logprobs
+        )
