@@ -67,7 +67,7 @@ class HeartbeatConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields
 
     interval_ms: int = 250
     hang_timeout_ms: int = 5_000  # silence after which a living process counts as hung
-    lock_poll_interval_ms: int = 100  # how often the manager looks at owner locks
+    lock_poll_interval_ms: int = 250  # how often the manager looks at owner locks
 
 
 class LauncherConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -70,25 +70,42 @@ class OwnerLock:
             self._fd = -1
 
 
-def inspect(path: Path) -> tuple[bool, Owner | None]:
-    """Return whether a living process holds the lock of `path`, and what the file says of its last owner.
+class LockWatch:
+    """Looks at one lock again and again, cheaply: the file stays open between looks."""
 
-    Takes nothing, never blocks. While a new owner is just taking over, the record may still be the one
-    before. The owner is None when there is no file or no owner yet.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
 
-    Raises:
-        ResourceError: the file holds something else than an owner's record.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False, None
-    try:
-        held = ofd.is_locked(fd)
-        owner = _read_record(fd, path)
-    finally:
-        os.close(fd)
-    return held, owner if owner.incarnation else None
+    def look(self) -> tuple[bool, Owner | None]:
+        """Return whether a living process holds the lock, and what the file says of its last owner.
+
+        Takes nothing, never blocks. While a new owner is just taking over, the record may still be the one
+        before. The owner is None when there is no file or no owner yet.
+
+        Raises:
+            ResourceError: the file holds something else than an owner's record.
+        """
+        if self._fd >= 0 and os.fstat(self._fd).st_nlink == 0:
+            self.close()  # somebody removed the file: there may be a new one
+        if self._fd < 0 and not self._open():
+            return False, None
+        # The record first: a successor that takes over in between is then at worst reported under its
+        # predecessor's number, never as a dead new incarnation.
+        owner = _read_record(self._fd, self._path)
+        held = ofd.is_locked(self._fd)
+        return held, owner if owner.incarnation else None
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice; a later look opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._fd >= 0
 
 
 def is_locked(path: Path) -> bool:
@@ -104,8 +121,12 @@ def is_locked(path: Path) -> bool:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Return what the file says of its present or last owner; as the second value of `inspect`."""
-    return inspect(path)[1]
+    """Return what the file says of its present or last owner; as the second value of `LockWatch.look`."""
+    watch = LockWatch(path)
+    try:
+        return watch.look()[1]
+    finally:
+        watch.close()
 
 
 def signal_owner(path: Path, pid: int, signal_number: int) -> bool:
@@ -124,7 +145,7 @@ def signal_owner(path: Path, pid: int, signal_number: int) -> bool:
     except (ProcessLookupError, ValueError, OSError):
         return False
     try:
-        if not (is_locked(path) and _has_open(pid, path)):
+        if not (is_locked(path) and _holds_lock(pid, path)):
             return False
         signal.pidfd_send_signal(pid_fd, signal_number)
     except ProcessLookupError:
@@ -163,11 +184,13 @@ def _already_running(path: Path) -> ResourceError:
     return ResourceError(f"{path.stem} is already running{who}: {path} is locked")
 
 
-def _has_open(pid: int, path: Path) -> bool:
+def _holds_lock(pid: int, path: Path) -> bool:
     with contextlib.suppress(OSError):
         wanted = path.stat()
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # a descriptor may be closed while we look
                 if os.path.samestat(entry.stat(), wanted):
-                    return True
+                    details = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text("ascii")
+                    if "OFDLCK" in details:  # else it only looks at the lock, as the manager does
+                        return True
     return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.control.lock import Owner, OwnerLock, inspect, is_locked, read_owner, signal_owner
+from bus.control.lock import LockWatch, Owner, OwnerLock, is_locked, read_owner, signal_owner
 from bus.errors import ResourceError
 
 HOLDER = """
@@ -63,12 +63,20 @@ def test_a_second_owner_is_told_who_runs(path: Path) -> None:
 def test_looking_takes_nothing(path: Path) -> None:
     assert not is_locked(path)
     assert read_owner(path) is None
-    assert inspect(path) == (False, None)
+    watch = LockWatch(path)
+    assert watch.look() == (False, None)
     lock = OwnerLock.acquire(path)
     assert is_locked(path) and is_locked(path)  # closing a look's descriptor does not drop the owner's lock
-    assert inspect(path) == (True, Owner(1, os.getpid()))
+    assert watch.look() == (True, Owner(1, os.getpid()))
     lock.release()
-    assert inspect(path) == (False, Owner(1, os.getpid()))
+    assert watch.look() == (False, Owner(1, os.getpid()))
+    path.unlink()
+    assert watch.look() == (False, None)
+    other = OwnerLock.acquire(path)
+    assert watch.look() == (True, Owner(1, os.getpid()))
+    other.release()
+    watch.close()
+    watch.close()
 
 
 def test_a_kill_frees_the_lock(path: Path, holder: subprocess.Popen[str]) -> None:
@@ -120,7 +128,12 @@ def test_a_signal_reaches_the_owner(path: Path, holder: subprocess.Popen[str]) -
 
 
 def test_a_signal_reaches_nobody_but_the_owner(path: Path, holder: subprocess.Popen[str]) -> None:
-    assert not signal_owner(path, os.getpid(), signal.SIGKILL)  # alive, but not the owner
+    watch = LockWatch(path)
+    watch.look()
+    assert not signal_owner(
+        path, os.getpid(), signal.SIGKILL
+    )  # alive, and has the file open, but is not the owner
+    watch.close()
     assert not signal_owner(path.with_name("none.lock"), holder.pid, signal.SIGKILL)
     assert not signal_owner(path, 2**22 + 1, signal.SIGKILL)  # no such process
     assert holder.poll() is None
