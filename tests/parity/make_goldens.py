@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 )
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
     "bos_token_id": None,
     "eos_token_id": 2,

@@ -175,9 +175,9 @@ def test_a_token_or_position_out_of_range_is_refused(golden: Golden) -> None:
     with pytest.raises(ValueError, match=r"token id 512 must be in 0 \.\. 511"):
         golden.model.attention.embed(too_large)
     too_far = Batch(
-        np.array([1]), np.array([256], dtype=np.int32), np.zeros(1, np.int32), np.zeros((1, 1), np.int32), 4
+        np.array([1]), np.array([2048], dtype=np.int32), np.zeros(1, np.int32), np.zeros((1, 1), np.int32), 4
     )
-    with pytest.raises(ValueError, match=r"position 256 must be in 0 \.\. 255"):
+    with pytest.raises(ValueError, match=r"position 2048 must be in 0 \.\. 2047"):
         golden.model.attention.embed(too_far)
 
 
