@@ -13,7 +13,8 @@ States of a job (a finished job is in no collection):
   DISPATCHED  in `_unanswered` and in its group: `AddRequest` was sent, without an answer yet. Sent again (the
               same attempt: idempotent) until answered; an error after the retry window.
   ACCEPTED    in its group only: queued or running there. No deadline: it ends by the scheduler's word or
-              death.
+              death. After a long silence it is sent again (the same attempt): a scheduler that still has it
+              says so, one that has lost it, or whose last word was lost, goes on with it.
 
 `check_invariants` asserts: every job is in the collections of its state and in no other; an attached
 job's group is known at the job's incarnation; group loads are the sums over their jobs; losses and tokens
@@ -50,6 +51,7 @@ class JobExecutor:
         self._waiting: dict[str, Job] = {}
         self._unanswered: dict[str, Job] = {}
         self._groups = GroupTable()
+        self._probe_ns = 0  # when to look for silent jobs; 0 = nothing was accepted since the last look
 
     # ------------------------------------------------------------------ views
 
@@ -71,8 +73,11 @@ class JobExecutor:
 
     def next_wake_ns(self) -> int | None:
         """Return when a `Tick` is due (monotonic ns), None while nothing waits for time to pass."""
+        if not self._jobs:
+            return None
         timed = chain(self._waiting.values(), self._unanswered.values())
-        return min((min(job.wake_ns, job.deadline_ns) for job in timed), default=None)
+        wake_ns = min((min(job.wake_ns, job.deadline_ns) for job in timed), default=self._probe_ns)
+        return min(wake_ns, self._probe_ns or wake_ns)
 
     # ------------------------------------------------------------------ events
 
@@ -126,6 +131,17 @@ class JobExecutor:
                 self._place(job, now_ns, out)
             elif job.wake_ns <= now_ns:
                 self._send(job, now_ns, out)
+        if self._probe_ns and self._probe_ns <= now_ns:
+            self._probe(now_ns, out)
+
+    def _probe(self, now_ns: int, out: list[ev.Instruction]) -> None:
+        interval_ns = self.limits.probe_interval_ms * NS_PER_MS
+        accepted = [job for job in self._jobs.values() if job.state is JobState.ACCEPTED]
+        for job in accepted:
+            if job.heard_ns + interval_ns <= now_ns:
+                job.heard_ns = now_ns
+                self._send(job, now_ns, out)
+        self._probe_ns = now_ns + interval_ns if accepted else 0
 
     def _on_groups(self, event: ev.GroupsChanged, now_ns: int, out: list[ev.Instruction]) -> None:
         dead, orphans = self._groups.update(event.groups)
@@ -149,7 +165,7 @@ class JobExecutor:
             return
         match message:
             case RequestAccepted():
-                self._accepted(job, out)
+                self._accepted(job, now_ns, out)
             case RequestRejected(code="queue_full"):
                 job.full_groups.add(job.dp_group)
                 self._requeue(job, now_ns)
@@ -174,10 +190,12 @@ class JobExecutor:
             abort = AbortRequest(request_id=message.request_id, attempt=message.attempt)
             out.append(ev.SendAbort(event.dp_group, abort))
 
-    def _accepted(self, job: Job, out: list[ev.Instruction]) -> None:
+    def _accepted(self, job: Job, now_ns: int, out: list[ev.Instruction]) -> None:
         self._unanswered.pop(job.request_id, None)
         job.state = JobState.ACCEPTED
         job.num_refusals = 0
+        job.heard_ns = now_ns
+        self._probe_ns = self._probe_ns or now_ns + self.limits.probe_interval_ms * NS_PER_MS
         job.full_groups.clear()
         if not job.was_accepted:
             job.was_accepted = True
@@ -207,7 +225,7 @@ class JobExecutor:
             self._abort(job, out)
             self._given_back(job, now_ns, out)
         else:
-            self._accepted(job, out)
+            self._accepted(job, now_ns, out)
             self._deliver(job, message, min(overlap, len(message.token_ids)), out)
             if message.finish_reason:
                 self._finish(job, message.finish_reason, message.stop_token_id, out)

@@ -18,6 +18,7 @@ class JobLimits:
     retry_window_ms: int = 60_000  # how long a request may be without a group that accepts it
     waiting_jobs_max: int = 512  # requests without a group, all together
     resend_interval_ms: int = 1_000  # an unanswered AddRequest is sent again after so long
+    probe_interval_ms: int = 10_000  # an accepted request is sent again after such a silence
     backoff_ms: int = 50  # doubles with each refusal in a row, five times at most
 
 
@@ -59,6 +60,7 @@ class Job:
     avoid_group: int = -1  # gave the request back; any other is preferred
     was_accepted: bool = False
     prompt_logprobs_done: bool = False
+    heard_ns: int = 0  # ACCEPTED: when the scheduler last spoke of it, or was asked
     wake_ns: int = 0  # WAITING: not before; DISPATCHED: send again
 
     @property

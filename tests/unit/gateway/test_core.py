@@ -355,12 +355,29 @@ def test_an_unanswered_request_is_sent_again_with_the_same_attempt_and_then_give
     assert error(out).status == 503
 
 
-def test_a_long_running_request_has_no_deadline() -> None:
+def test_a_long_running_request_has_no_deadline_but_is_asked_for_after_a_silence() -> None:
     world = World(0)
     world.submit()
     world.accept()
+    wake_ns = world.core.next_wake_ns()
+    assert wake_ns == (world.now_ms + 10_000) * NS_PER_MS
+    world.now_ms += 9_000
+    world.tokens(0, 7)
+    assert world.tick(1_000) == []  # heard a second ago
+    assert sent(world.tick(10_000)) == [(0, 0, (7,))]
+    assert world.tick(9_999) == []
+    assert sent(world.tick(1)) == [(0, 0, (7,))]
+    assert world.accept() == []
+    assert world.do(SendRefused("r", 0)) == []  # the next look asks again
+
+
+def test_a_last_word_that_was_lost_comes_again_after_a_silence() -> None:
+    world = World(0)
+    world.submit()
+    world.tokens(0, 7)
+    world.tick(10_000)
+    assert world.tokens(1, 8, finish="stop", stop_token_id=8)[-1] == DeliverFinish("r", "stop", 8)
     assert world.core.next_wake_ns() is None
-    assert world.tick(10 * WINDOW_MS) == []
 
 
 def test_a_loss_opens_a_new_window() -> None:
