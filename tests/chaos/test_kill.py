@@ -21,7 +21,7 @@ from tests.conftest import GOLDENS
 from tests.harness.client import Stream, stream_completion
 from tests.harness.oracle import expected_tokens
 from tests.harness.pod import Pod, running_pod
-from tests.harness.poll import async_eventually, eventually
+from tests.harness.poll import async_eventually, eventually, is_running
 
 FOLDER = GOLDENS / "deepseek_v3"
 NUM_STREAMS = 6
@@ -93,7 +93,7 @@ def assert_healed(pod: Pod, victim: dict[str, object], killed_at: float) -> None
     assert time.monotonic() - killed_at < HEAL_S_MAX + 30
     successor = pod.member(service, index)
     assert successor["pid"] != victim["pid"]
-    assert not Path(f"/proc/{victim['pid']}").exists()
+    assert not is_running(int(str(victim["pid"])))
     dead_segment = f"xds-{pod.name}-{service}-{index}-{victim['incarnation']}"
     eventually(lambda: not Path("/dev/shm", dead_segment).exists(), timeout_s=5, what=f"{dead_segment} swept")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def eventually(
@@ -27,3 +28,11 @@ async def async_eventually(
         if time.monotonic() > end:
             raise AssertionError(f"not within {timeout_s} s: {what}")
         await asyncio.sleep(interval_s)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process exists and has not ended (an unreaped orphan has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

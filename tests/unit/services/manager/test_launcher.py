@@ -17,7 +17,7 @@ import pytest
 from bus import config as settings
 from bus.control import endpoints
 from bus.control.lock import is_locked, read_owner
-from tests.harness.poll import eventually
+from tests.harness.poll import eventually, is_running
 
 ROOT = Path(__file__).parents[4]
 SERVICES = ("gateway", "scheduler", "attention", "expert")
@@ -126,7 +126,7 @@ class FakePod:
     def assert_nothing_left(self, pids: dict[str, int]) -> None:
         assert not (self.folder / "run").exists()
         assert endpoints.pod_segments(self.config) == []
-        assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
+        assert [name for name, pid in pids.items() if is_running(pid)] == []
 
 
 @pytest.fixture
