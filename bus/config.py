@@ -32,24 +32,24 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class TopologyConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many processes of each role."""
 
-    dp_groups: int = 2
-    expert_workers: int = 4
+    dp_groups: int = 2  # each a scheduler and an attention worker
+    expert_workers: int = 4  # at most the model's experts
 
 
 class SchedulerConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Continuous batching, per DP group."""
 
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
-    max_waiting_requests: int = 256
+    max_num_seqs: int = 32  # requests that run at once
+    max_num_batched_tokens: int = 256  # tokens of one step; longer prompts are chunked
+    max_waiting_requests: int = 256  # beyond it: 429
     max_model_len: int = 0  # 0 = the model's own window
 
 
 class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Paged KV cache, per DP group."""
 
-    block_tokens: int = 16
-    cache_tokens: int = 16384
+    block_tokens: int = 16  # tokens of one KV block
+    cache_tokens: int = 16384  # KV cache of one DP group, in tokens
 
 
 class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +65,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 class HeartbeatConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Liveness."""
 
-    interval_ms: int = 250
+    interval_ms: int = 250  # between heartbeats that have news
     hang_timeout_ms: int = 5_000  # silence after which a living process counts as hung
     lock_poll_interval_ms: int = 250  # how often the manager looks at owner locks
 
@@ -74,19 +74,19 @@ class LauncherConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     """Supervision of a local pod (`xds up`)."""
 
     restart_backoff_ms: int = 100  # doubles with each early death, up to the maximum
-    restart_backoff_ms_max: int = 5_000
-    start_timeout_ms: int = 60_000
-    stop_timeout_ms: int = 5_000
+    restart_backoff_ms_max: int = 5_000  # longest wait before a restart
+    start_timeout_ms: int = 60_000  # without progress, a start has failed
+    stop_timeout_ms: int = 5_000  # from SIGTERM to SIGKILL
 
 
 class GatewayConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """HTTP."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # TCP port
     api_keys: tuple[str, ...] = ()  # empty = no key needed
     served_model_name: str = ""  # "" = the model folder's name
-    body_bytes_max: int = 4 * 1024**2
+    body_bytes_max: int = 4 * 1024**2  # of a request; beyond it: 413
     retry_attempts_max: int = 20  # re-dispatches of one request after deaths
     retry_window_ms: int = 60_000  # how long an accepted request waits for a group that can serve it
     backlog_tokens_max: int = 4096  # tokens that may wait for a client that reads slowly
@@ -95,10 +95,10 @@ class GatewayConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
 class PodConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole tree."""
 
-    pod: str = "xds"
-    model: str = "demo"
+    pod: str = "xds"  # name; two pods of one name cannot run at once
+    model: str = "demo"  # Hugging Face folder, or the packaged demo model
     runtime_dir: str = ""  # "" = $XDG_RUNTIME_DIR/xds/<pod>, or /tmp/xds-<uid>/<pod>
-    log_level: str = "info"
+    log_level: str = "info"  # debug, info, warning or error
     log_format: str = "console"  # console or json
     topology: TopologyConfig = TopologyConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

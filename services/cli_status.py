@@ -17,7 +17,13 @@ from bus.errors import RequestTimeout, ResourceError
 from bus.shutdown import EXIT_FAILURE, EXIT_OK
 
 _ANSWER_TIMEOUT_MS = 3_000  # long enough for a manager that is being started again
-_COUNTERS_SHOWN_MAX = 4
+# What the table shows of each service; `--json` has all.
+_COUNTERS_SHOWN = {
+    "expert": ("expert_rows", "shared_rows", "exchanges"),
+    "attention": ("computed_tokens", "sampled_tokens", "exchange_retries"),
+    "scheduler": ("num_running", "num_waiting", "num_free_blocks", "num_generated_tokens"),
+    "gateway": ("num_jobs", "num_redispatches"),
+}
 
 
 def ask_status(config: PodConfig) -> messages.PodMap | None:
@@ -95,7 +101,8 @@ def table(pod_map: messages.PodMap) -> list[str]:
 
 
 def _row(member: messages.Member) -> tuple[str, str, str, str, str, str]:
-    counters = [f"{name}={value}" for name, value in sorted(member.counters.items())[:_COUNTERS_SHOWN_MAX]]
+    shown = [name for name in _COUNTERS_SHOWN.get(member.service, ()) if name in member.counters]
+    counters = [f"{name}={member.counters[name]}" for name in shown]
     return (
         endpoints.member_name(member.service, member.index),
         str(member.pid),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -145,3 +146,18 @@ def test_every_setting_is_listed_once() -> None:
     listed = settings.settings()
     assert listed["gateway.port"] == 8000
     assert len(listed) == len(set(listed)) > 25
+
+
+def settings_with_defaults(section: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for field in msgspec.structs.fields(section):
+        if isinstance(field.default, msgspec.Struct):
+            yield from settings_with_defaults(type(field.default), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field.default
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, default in settings_with_defaults(settings.PodConfig):
+        shown = '""' if default == "" else str(default)
+        assert f"| `{name}` | `{shown}` |" in readme, name
