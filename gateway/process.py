@@ -45,6 +45,7 @@ from gateway.jobs import JobLimits
 from gateway.links import SchedulerLink
 from gateway.metrics import Metrics
 
+_HEADER_BYTES_MAX = 64 * 1024
 _BACKLOG_CONNECTIONS = 2048
 _STATUS_TIMEOUT_MS = 300
 _STREAM_ENDS_S = 0.5  # for error events to reach their clients
@@ -179,7 +180,8 @@ def job_limits(config: PodConfig) -> JobLimits:
 def _uvicorn_config() -> uvicorn.Config:
     return uvicorn.Config(
         app="",  # set when it exists
-        http="httptools",
+        http="h11",  # slower than httptools, but it bounds what a client may send before its request is complete
+        h11_max_incomplete_event_size=_HEADER_BYTES_MAX,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -19,6 +19,7 @@ from bus.shutdown import EXIT_FAILURE, EXIT_OK, EXIT_RESOURCE
 from services.cli_status import ask_status
 from services.manager.child import MODULES, command_of, environ_of
 from services.manager.launcher import STOP_ORDER, Launcher
+from services.manager.roster import expected_members
 
 _POLL_S = 0.05
 
@@ -29,7 +30,14 @@ def up(config: PodConfig, *, verbose: bool) -> int:
 
 
 def run(config: PodConfig, service: str, index: int) -> NoReturn:
-    """Become one process of the pod."""
+    """Become one process of the pod.
+
+    Raises:
+        ConfigError: the pod has no such process.
+    """
+    count = sum(key[0] == service for key in expected_members(config))
+    if not 0 <= index < count:
+        raise ConfigError(f"--index = {index}: must be 0..{count - 1}, this pod has {count} x {service}")
     command = command_of(MODULES[service], index)
     os.execve(command[0], command, environ_of(config, os.environ))
 

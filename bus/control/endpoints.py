@@ -89,21 +89,37 @@ def ensure_runtime_dir(config: PodConfig) -> Path:
     """Create the runtime folder and its `locks`, mode 0700, unless they exist.
 
     Raises:
-        ResourceError: it cannot be made, is not ours, or others may write to it.
+        ResourceError: it cannot be made, belongs to somebody else, or holds files that are no pod's.
     """
     folder = settings.runtime_dir(config)
-    for path in (folder, locks_dir(config)):
-        try:
-            _make_private(path)
-        except OSError as error:
-            raise ResourceError(f"runtime_dir {path}: {error.strerror}") from None
+    try:
+        _make(folder)
+        _check_ours(folder)
+        _make_private(folder)
+        _make(locks_dir(config))
+        _make_private(locks_dir(config))
+    except OSError as error:
+        raise ResourceError(f"runtime_dir {folder}: {error.strerror}") from None
     return folder
 
 
-def _make_private(path: Path) -> None:
+def _make(path: Path) -> None:
     missing = [path, *path.parents]
     for parent in reversed([folder for folder in missing if not folder.exists()]):
         parent.mkdir(mode=0o700, exist_ok=True)
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse somebody's folder of other things: its mode would be changed here, and its logs removed later."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    # `locks` is made first and removed last of all that a pod puts there.
+    if names and "locks" not in names:
+        raise ResourceError(
+            f"runtime_dir {folder}: holds {names[0]}, so it is no pod's: must be empty or absent"
+        )
+
+
+def _make_private(path: Path) -> None:
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise ResourceError(f"runtime_dir {path}: is not a folder")

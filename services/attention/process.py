@@ -67,12 +67,12 @@ def check_settings(config: PodConfig, model: ModelConfig) -> None:
     """Raise ConfigError, naming field, value and rule, for settings that do not fit the model."""
     if config.topology.expert_workers > model.num_experts:
         raise ConfigError(
-            f"topology.expert_workers={config.topology.expert_workers} must be at most the model's "
+            f"topology.expert_workers = {config.topology.expert_workers}: must be at most the model's "
             f"{model.num_experts} experts"
         )
     if config.scheduler.max_model_len > model.max_position_embeddings:
         raise ConfigError(
-            f"scheduler.max_model_len={config.scheduler.max_model_len} must be at most the model's window of "
+            f"scheduler.max_model_len = {config.scheduler.max_model_len}: must be at most the model's window of "
             f"{model.max_position_embeddings}"
         )
 

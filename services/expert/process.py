@@ -61,11 +61,11 @@ def load_model(config: PodConfig, model_config: ModelConfig, index: int, member:
     """Check the machine's arithmetic and map this rank's weights. Raises ConfigError."""
     check_row_independence()
     num_workers = config.topology.expert_workers
-    if not 0 <= index < num_workers <= model_config.num_experts:
-        raise ConfigError(
-            f"topology.expert_workers={num_workers} must be above index {index} and at most the model's "
-            f"{model_config.num_experts} experts"
-        )
+    if not 0 <= index < num_workers:
+        raise ConfigError(f"--index = {index}: must be below topology.expert_workers = {num_workers}")
+    if num_workers > model_config.num_experts:
+        rule = f"must be at most the model's {model_config.num_experts} experts"
+        raise ConfigError(f"topology.expert_workers = {num_workers}: {rule}")
     return ExpertModel.load(
         settings.model_path(config),
         model_config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -135,15 +136,20 @@ def pids_of(pod: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_pod(model: Path | str, *flags: str, dp_groups: int = 2, expert_workers: int = 4) -> Iterator[Pod]:
-    """Start a pod, wait until it is healthy, stop it at the end and assert that nothing is left."""
+def running_pod(
+    model: Path | str, *flags: str, dp_groups: int = 2, expert_workers: int = 4, verbose: bool = True
+) -> Iterator[Pod]:
+    """Start a pod, wait until it is healthy, stop it at the end and assert that nothing is left.
+
+    `verbose`: the log also holds what the members say.
+    """
     name = f"t{uuid.uuid4().hex[:8]}"
     base = Path(tempfile.mkdtemp(prefix="xds-"))
     port = free_port()
     log = base / "up.log"
     command = [
         *XDS, "up", "--model", str(model), "--port", str(port), "--dp-groups", str(dp_groups),
-        "--expert-workers", str(expert_workers), "--verbose", *flags,
+        "--expert-workers", str(expert_workers), *(["--verbose"] if verbose else []), *flags,
     ]  # fmt: skip
     environ = {**os.environ, "XDS_POD": name, "XDS_RUNTIME_DIR": str(base / "run")}
     with log.open("w") as out:
@@ -160,6 +166,7 @@ def running_pod(model: Path | str, *flags: str, dp_groups: int = 2, expert_worke
     finally:
         pod.stop()
     assert pod.leftovers() == []
+    shutil.rmtree(base)
 
 
 def cpu_seconds(pids: list[int]) -> float:

@@ -33,6 +33,14 @@ def test_the_runtime_folder_is_private(config: PodConfig, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "locks").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_of_other_things_is_refused_and_left_as_it_is(config: PodConfig, tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs").mkdir(parents=True, mode=0o755)
+    (tmp_path / "run").chmod(0o755)
+    with pytest.raises(ResourceError, match="holds logs, so it is no pod's: must be empty or absent"):
+        endpoints.ensure_runtime_dir(config)
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_file_in_its_place_is_named(config: PodConfig, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ResourceError, match="is not a folder"):
