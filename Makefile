@@ -14,7 +14,7 @@ PARITY_VENV ?= .venv-parity
 ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := $(wildcard bus/memory/*.[ch] services/model/*.[ch])
+SOURCES := $(wildcard bus/*/*.[ch] services/*/*.[ch])
 PACKAGES := bus gateway services
 
 # Each stamp is newer than all that its step was made from, so an edit repeats that step and no other.
@@ -100,16 +100,16 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then all tests that take seconds
-	$(BIN)/python -m pytest tests -m 'not slow' --ignore=tests/docker --ignore=tests/bench $(ARGS)
+	$(BIN)/python -m pytest tests -m 'not slow' --ignore=tests/docker $(ARGS)
 
-bench: setup ## measure; prints numbers, asserts none
-	$(BIN)/python -m pytest tests/bench -s $(ARGS)
+bench: setup ## measure a whole pod over HTTP (ARGS="--concurrency 1 8 32 --json")
+	$(BIN)/python -m tests.bench.serve $(ARGS)
 
 chaos: setup ## kill every kind of process, twenty times each (minutes)
 	$(BIN)/python -m pytest tests/chaos -m slow $(ARGS)
 
-parity: setup $(PARITY) ## compare with transformers: goldens made anew, then the token matrix (minutes)
-	$(PARITY_VENV)/bin/python -m tests.parity.make_goldens --check
+parity: setup $(PARITY) ## compare with transformers: the goldens, then fresh checkpoints through real pods (minutes)
+	$(PARITY_VENV)/bin/python -m tests.parity.check_goldens
 	$(BIN)/python -m tests.e2e.parity_matrix --python $(PARITY_VENV)/bin/python $(ARGS)
 
 test-docker: setup ## build the image, run the Compose pod, kill services in it (needs a Docker engine)

@@ -22,11 +22,13 @@ from tests.harness.poll import eventually
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_TIMEOUT_S = 900
 COMMAND_TIMEOUT_S = 180
+UID = 10001  # of the image
 
 
 def compose_command() -> list[str]:
-    """Return the Compose that this machine has: 1.29's `docker-compose`, else 2's `docker compose`."""
-    return ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+    """Return what `COMPOSE` names, else the Compose of this machine: 1.29's `docker-compose`, or 2's plugin."""
+    default = "docker-compose" if shutil.which("docker-compose") else "docker compose"
+    return os.environ.get("COMPOSE", default).split()
 
 
 def docker(*arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -85,6 +87,12 @@ class ComposePod:
             interval_s=0.5,
         )
 
+    def answers(self) -> bool:
+        """Tell whether `/health` says that a request can be served."""
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        return False
+
     def wait_serving(self, timeout_s: float) -> None:
         """Wait until `xds status` calls the whole pod healthy. Sooner known than by the health checks."""
         eventually(
@@ -125,11 +133,12 @@ class ComposePod:
         return httpx.AsyncClient(base_url=self.url, timeout=120)
 
     def leftovers(self) -> list[str]:
-        """Return what `down -v` must not leave: containers, volumes and networks of this project."""
+        """Return what `down -v` must not leave: containers, volumes, networks; segments in the host's /dev/shm."""
         label = f"label=com.docker.compose.project={self.project}"
         lists = (("ps", "--all"), ("volume", "ls"), ("network", "ls"))
-        return [
+        left = [
             f"{words[0]} {name}"
             for words in lists
             for name in docker(*words, "--quiet", "--filter", label).split()
         ]
+        return left + [str(entry) for entry in Path("/dev/shm").iterdir() if entry.stat().st_uid == UID]

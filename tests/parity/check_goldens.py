@@ -1,0 +1,57 @@
+"""Are the stored goldens what today's transformers computes from the stored checkpoints?
+
+    python -m tests.parity.check_goldens        exit code 1 if anything differs; needs the `parity` extra
+
+The weights are not made anew: tokenizer and prompts come from the running Python's own library, so another Python
+makes other checkpoints. What must hold everywhere is the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.parity.make_goldens import FAMILIES, GOLDENS, greedy
+
+LOGIT_ERROR_MAX = 1e-5
+
+
+@torch.no_grad()
+def check(folder: Path) -> list[str]:
+    """Return what differs between transformers and the goldens of one checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    expected = json.loads((folder / "expected.json").read_text())
+    problems = [
+        f"{folder.name}: prompt {i}: tokens differ"
+        for i, (prompt, tokens) in enumerate(zip(expected["prompts"], expected["greedy"], strict=True))
+        if greedy(model, prompt)[0] != tokens
+    ]
+    with np.load(folder / "logits.npz") as stored:
+        for i in expected["logit_prompts"]:
+            logits = model(torch.tensor([expected["prompts"][i]])).logits[0].numpy()
+            error = float(np.abs(logits - stored[f"prompt_{i}"]).max())
+            if error > LOGIT_ERROR_MAX:
+                problems.append(f"{folder.name}: prompt {i}: logits differ by {error:.1e}")
+    return problems
+
+
+def main() -> int:
+    """Check every family; return the exit code."""
+    torch.set_num_threads(1)
+    found = 0
+    for family in FAMILIES:
+        problems = check(GOLDENS / family)
+        found += len(problems)
+        sys.stdout.write("\n".join([*problems, f"{family}: {len(problems)} differences"]) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
