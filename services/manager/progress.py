@@ -43,7 +43,9 @@ def ready_text(config: PodConfig, pod_map: messages.PodMap, duration_s: float) -
     """Return what to print when every member is ready."""
     total = len(expected_members(config))
     url, model = base_url(config, pod_map), model_name(config)
-    body = json.dumps({"model": model, "prompt": "def fibonacci(", "max_tokens": 48, "temperature": 0.6, "seed": 1})
+    body = json.dumps(
+        {"model": model, "prompt": "def fibonacci(", "max_tokens": 48, "temperature": 0.6, "seed": 1}
+    )
     key = " -H 'Authorization: Bearer <your key>'" if config.gateway.api_keys else ""
     return (
         f"READY {total}/{total} processes in {duration_s:.1f} s\n"
