@@ -28,7 +28,7 @@ extra = $(PYTHON) -c 'import sys, tomllib; \
   project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["optional-dependencies"][sys.argv[1]], sep="\n")' $(1)
 
-.PHONY: help check setup up down test lint bench parity chaos test-docker clean
+.PHONY: help check setup up down test lint bench parity chaos test-native test-docker clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -111,6 +111,9 @@ chaos: setup ## kill every kind of process, twenty times each (minutes)
 parity: setup $(PARITY) ## compare with transformers: the goldens, then fresh checkpoints through real pods (minutes)
 	$(PARITY_VENV)/bin/python -m tests.parity.check_goldens
 	$(BIN)/python -m tests.e2e.parity_matrix --python $(PARITY_VENV)/bin/python $(ARGS)
+
+test-native: setup ## the bus's tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
+	$(BIN)/python -m tests.native.sanitize $(ARGS)
 
 test-docker: setup ## build the image, run the Compose pod, kill services in it (needs a Docker engine)
 	$(BIN)/python -m pytest tests/docker $(ARGS)

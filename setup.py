@@ -1,4 +1,4 @@
-"""The two C extensions; everything else is declared in pyproject.toml."""
+"""The C extensions; everything else is declared in pyproject.toml."""
 
 from setuptools import Extension, setup
 
@@ -6,7 +6,18 @@ COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"
 
 setup(
     ext_modules=[
-        Extension("bus.memory._native", ["bus/memory/_native.c"], extra_compile_args=COMPILE_ARGS),
+        Extension(
+            "bus.memory._native",
+            [f"bus/memory/_native{part}.c" for part in ("", "_link", "_send", "_recv", "_bench")],
+            depends=["bus/memory/_native.h", "bus/memory/_native_link.h"],
+            extra_compile_args=COMPILE_ARGS,
+        ),
+        Extension(
+            "bus.memory._collectives",
+            ["bus/memory/_collectives.c"],
+            # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
+            extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
+        ),
         Extension(
             "services.model._kernels",
             ["services/model/_kernels.c"],

@@ -7,57 +7,9 @@
  *
  * Futexes are shared (not FUTEX_PRIVATE_FLAG): waiter and waker are different processes.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
-#include <sched.h>
-#include <stdint.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
-#define NS_PER_S 1000000000LL
-#define GIL_COPY_BYTES 16384   /* copies at least this long release the GIL */
-#define RELAX_ROUNDS 64        /* polls with a CPU relax before the spin begins to yield the core */
-#define CELL_WORDS 4
-#define CELL_BYTES 32
-
-_Static_assert(sizeof(unsigned long long) == 8, "u64 is parsed as unsigned long long");
-_Static_assert(__atomic_always_lock_free(8, 0), "shared words need lock-free 64-bit atomics");
+#include "_native_link.h"
 
 /* ---------------------------------------------------------------- arguments */
-
-static int
-check_count(const char *name, Py_ssize_t given, Py_ssize_t wanted)
-{
-    if (given == wanted) {
-        return 0;
-    }
-    PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, got %zd", name, wanted, given);
-    return -1;
-}
-
-static int
-parse_unsigned(PyObject *object, const char *name, uint64_t max, uint64_t *out)
-{
-    unsigned long long value = PyLong_AsUnsignedLongLong(object);
-    if (value == (unsigned long long)-1 && PyErr_Occurred()) {
-        if (!PyErr_ExceptionMatches(PyExc_OverflowError)) {
-            return -1;
-        }
-        PyErr_Clear();
-    }
-    else if (value <= max) {
-        *out = value;
-        return 0;
-    }
-    PyErr_Format(PyExc_ValueError, "%s: %R is outside 0..%llu", name, object, (unsigned long long)max);
-    return -1;
-}
 
 /* A delta may be negative; it wraps modulo 2**64 like the word it is added to. */
 static int
@@ -262,39 +214,6 @@ cas_u32(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 
 /* ---------------------------------------------------------------- waiting */
 
-static int64_t
-now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * NS_PER_S + now.tv_nsec;
-}
-
-static int64_t
-deadline_after(int64_t start, int64_t duration)
-{
-    return duration > INT64_MAX - start ? INT64_MAX : start + duration;
-}
-
-static inline void
-cpu_relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__) || defined(__arm__)
-    __asm__ __volatile__("yield" ::: "memory");
-#else
-    __asm__ __volatile__("" ::: "memory");
-#endif
-}
-
-/* Wake up to `count` sleepers of `word`; returns how many, or -1 with errno set. */
-static long
-wake_sleepers(uint32_t *word, int count)
-{
-    return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
-}
-
 /* Sleep while *word == expected, until the absolute monotonic `deadline`. Called with the GIL held.
  * 1: woken, or the value differs (may be spurious); 0: deadline passed; -1: a Python error is set. */
 static int
@@ -463,15 +382,10 @@ ring_doorbell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     uint32_t *words = (uint32_t *)address;
-    /* Both sides write one word, then read the other's, in one total order (seq_cst): either the ringer sees
-     * the sleeper's mark, or the sleeper sees the new seq. The kernel's own check covers the rest. */
-    uint32_t seq = __atomic_add_fetch(&words[0], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
-    long woken = 0;
-    if (__atomic_load_n(&words[1], __ATOMIC_SEQ_CST) != 0) { /* SYNC: doorbell */
-        woken = wake_sleepers(&words[0], INT_MAX);
-    }
+    int failed;
+    uint32_t seq = ring_bell(words, &failed);
     PyBuffer_Release(&view);
-    return woken < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromUnsignedLong(seq);
+    return failed ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromUnsignedLong(seq);
 }
 
 static PyObject *
@@ -530,12 +444,7 @@ write_cell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     if (cell == NULL) {
         return NULL;
     }
-    __atomic_store_n(&cell[0], 0, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* SYNC: cell-torn (w0 = 0 is visible before any new word) */
-    for (int i = 1; i < CELL_WORDS; i++) {
-        __atomic_store_n(&cell[i], words[i], __ATOMIC_RELAXED);
-    }
-    __atomic_store_n(&cell[0], words[0], __ATOMIC_RELEASE); /* SYNC: cell-whole */
+    store_cell(cell, words);
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
 }
@@ -551,77 +460,17 @@ read_cell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     if (cell == NULL) {
         return NULL;
     }
-    unsigned long long words[CELL_WORDS];
-    words[0] = __atomic_load_n(&cell[0], __ATOMIC_ACQUIRE); /* SYNC: cell-whole */
-    for (int i = 1; i < CELL_WORDS; i++) {
-        words[i] = __atomic_load_n(&cell[i], __ATOMIC_RELAXED);
-    }
-    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* SYNC: cell-torn */
-    uint64_t again = __atomic_load_n(&cell[0], __ATOMIC_RELAXED);
+    uint64_t words[CELL_WORDS];
+    int is_whole = load_cell(cell, words);
     PyBuffer_Release(&view);
-    if (words[0] == 0 || again != words[0]) {
+    if (!is_whole) {
         Py_RETURN_NONE;
     }
-    return Py_BuildValue("(KKKK)", words[0], words[1], words[2], words[3]);
+    return Py_BuildValue("(KKKK)", (unsigned long long)words[0], (unsigned long long)words[1],
+                         (unsigned long long)words[2], (unsigned long long)words[3]);
 }
 
 /* ---------------------------------------------------------------- copying */
-
-typedef uint64_t block_t __attribute__((vector_size(16), aligned(1), may_alias));
-#define BLOCKS 8
-#define STRIDE ((Py_ssize_t)(BLOCKS * sizeof(block_t)))
-
-/* NOTE: this must not become a call of memcpy: glibc's falls by an order of magnitude between a page-aligned
- * slot and page + 16, which is where malloc puts large arrays. All loads of a stride come before its stores,
- * and the order of the strides is chosen so that no load waits for a store to the same offset of another page. */
-__attribute__((optimize("no-tree-loop-distribute-patterns"))) static void
-copy_forward(char *restrict dst, const char *restrict src, Py_ssize_t size)
-{
-    Py_ssize_t at = 0;
-    for (; at + STRIDE <= size; at += STRIDE) {
-        block_t blocks[BLOCKS];
-        for (int i = 0; i < BLOCKS; i++) {
-            blocks[i] = ((const block_t *)(src + at))[i];
-        }
-        for (int i = 0; i < BLOCKS; i++) {
-            ((block_t *)(dst + at))[i] = blocks[i];
-        }
-    }
-    memcpy(dst + at, src + at, (size_t)(size - at));
-}
-
-__attribute__((optimize("no-tree-loop-distribute-patterns"))) static void
-copy_backward(char *restrict dst, const char *restrict src, Py_ssize_t size)
-{
-    Py_ssize_t at = size;
-    for (; at >= STRIDE; at -= STRIDE) {
-        block_t blocks[BLOCKS];
-        for (int i = 0; i < BLOCKS; i++) {
-            blocks[i] = ((const block_t *)(src + at - STRIDE))[i];
-        }
-        for (int i = 0; i < BLOCKS; i++) {
-            ((block_t *)(dst + at - STRIDE))[i] = blocks[i];
-        }
-    }
-    memcpy(dst, src, (size_t)at);
-}
-
-static void
-copy_bytes(char *dst, const char *src, Py_ssize_t size)
-{
-    uintptr_t distance = (uintptr_t)dst - (uintptr_t)src;
-    if (distance < (uintptr_t)size || -distance < (uintptr_t)size) {
-        memmove(dst, src, (size_t)size);
-        return;
-    }
-    uintptr_t ahead = distance & 4095; /* how far dst leads src within the page */
-    if (ahead > 0 && ahead < 2048) {
-        copy_backward(dst, src, size);
-    }
-    else {
-        copy_forward(dst, src, size);
-    }
-}
 
 static PyObject *
 copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -673,11 +522,30 @@ static PyMethodDef methods[] = {
     ENTRY(wait_doorbell, "wait_doorbell(buf, offset, seen, spin_ns, timeout_ns) -> the current seq."),
     ENTRY(write_cell, "write_cell(buf, offset, w0, w1, w2, w3). w0 is the sequence word."),
     ENTRY(read_cell, "read_cell(buf, offset) -> (w0, w1, w2, w3), or None if empty or torn."),
+    ENTRY(bench_pingpong, "bench_pingpong(buf, offset, side, private, first_round, durations, timeout_ns) -> bool."),
     ENTRY(copy, "copy(dst, dst_offset, src, src_offset, num_bytes). Releases the GIL when long."),
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef_Slot slots[] = {{0, NULL}};
+static int
+add_types(PyObject *module)
+{
+    PyType_Spec *const specs[] = {&send_end_spec, &recv_end_spec};
+    if (link_init_names() < 0) {
+        return -1;
+    }
+    for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
+        PyObject *type = PyType_FromModuleAndSpec(module, specs[i], NULL);
+        if (type == NULL || PyModule_AddType(module, (PyTypeObject *)type) < 0) {
+            Py_XDECREF(type);
+            return -1;
+        }
+        Py_DECREF(type);
+    }
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_types}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,

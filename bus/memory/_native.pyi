@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import numpy.typing as npt
 from typing_extensions import Buffer as _Buffer
 
+from bus.clock import Deadline
+
 # The stubs of NumPy do not declare arrays as buffers before Python 3.12.
 Buffer: TypeAlias = _Buffer | npt.NDArray[Any]
 
@@ -65,3 +67,166 @@ def read_cell(buf: Buffer, offset: int, /) -> tuple[int, int, int, int] | None:
 
 def copy(dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, num_bytes: int, /) -> None:
     """Copy bytes; overlapping ranges behave like memmove. Releases the GIL from 16 KiB on."""
+
+def bench_pingpong(
+    buf: Buffer,
+    offset: int,
+    side: int,
+    private: Buffer,
+    first_round: int,
+    durations: Buffer,
+    timeout_ns: int,
+    /,
+) -> bool:
+    """Play one side of a spinning ping-pong in C: the limit that point-to-point is measured against.
+
+    Args:
+        buf: shared, [offset, offset + 4096 + two blocks), 128-byte aligned; a block is `private` rounded up to a page.
+        side: 0 begins, 1 answers.
+        private: the message, copied in and out; its length is the message's.
+        first_round: number of the first round, >= 1, larger than any used before on these flags.
+        durations: u64 per round, filled with nanoseconds from the side's turn to its end.
+        timeout_ns: False is returned when the other side is silent for so long.
+    """
+
+class _LinkEnd:
+    """What both ends of a point-to-point link have. Wrapped by bus/xccl/channel.py; see `P2p` for meaning and errors.
+
+    Subclasses provide `_poll(event_id) -> error or None`, `_renew(event_id, deadline)` and
+    `_error(kind, text, event_id) -> error`; a `RecvEnd` also `_allocate(code, shape)` and
+    `_refuse(event_id, tag, extension, out)`. RuntimeError: closed, or used by two threads at once.
+    """
+
+    is_retired: bool
+
+    @property
+    def num_messages(self) -> int:
+        """Messages, or parts of them, that went through."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Their bytes."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Records."""
+
+    @property
+    def num_pulled(self) -> int:
+        """Parts that did not go through the ring."""
+
+    @property
+    def num_waits(self) -> int:
+        """Waits for the other side."""
+
+    @property
+    def num_pause_wins(self) -> int:
+        """Waits that ended while polling with the core held."""
+
+    @property
+    def num_yield_wins(self) -> int:
+        """Waits that ended while polling with the core given away."""
+
+    @property
+    def num_sleeps(self) -> int:
+        """Sleeps in the kernel."""
+
+    def _open(
+        self,
+        own: Buffer,
+        peer: Buffer,
+        *,
+        ring_offset: int,
+        num_slots: int,
+        slot_bytes: int,
+        out_cell: int,
+        in_cell: int,
+        own_bell: int,
+        peer_bell: int,
+        incarnation: int,
+        peer_incarnation: int,
+        own_app: tuple[int, int],
+        peer_app: tuple[int, int],
+        pull_bytes_min: int,
+        message_bytes_max: int,
+        poll_ns: int,
+        pause_rounds: int,
+        yield_ns: int,
+        may_sleep: bool,
+    ) -> None:
+        """Begin, or begin again, on two mappings. ValueError if an offset is outside them."""
+
+    def _wait(self, event_id: int, deadline: Deadline, /) -> bool:
+        """Wait until the other side writes its cell; False at the deadline."""
+
+    def _abandon(self) -> bool:
+        """Forget the message under way; tell whether there was one."""
+
+    def _close(self) -> None:
+        """Let both mappings go."""
+
+class SendEnd(_LinkEnd):
+    """The sending end."""
+
+    @property
+    def tail(self) -> int:
+        """One past the last pushed slot."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Payload bytes of a slot."""
+
+    def send(self, array: npt.NDArray[Any], event_id: int, deadline: Deadline, /) -> None:
+        """Send and wait until it was taken."""
+
+    def _send_part(
+        self, array: npt.NDArray[Any], event_id: int, deadline: Deadline, num_more: int, is_first: bool, /
+    ) -> None:
+        """Push one part; wait for the acknowledgement after the last."""
+
+    def _start(self, array: npt.NDArray[Any] | None, event_id: int, deadline: Deadline, /) -> None:
+        """Prepare a message for `_advance`."""
+
+    def _advance(self) -> bool:
+        """Push what fits; tell whether the whole message is pushed."""
+
+    def _taken(self, tail: int, event_id: int, /) -> bool:
+        """Tell whether the message that ended at `tail` was taken. PeerStalled: it was given up."""
+
+    def _claim(self, event_id: int, deadline: Deadline, /) -> int | None:
+        """Return the offset of the free slot's payload in the peer's segment; None while the ring is full."""
+
+    def _commit(self, tag: bytes, num_bytes: int, event_id: int, /) -> None:
+        """Publish the claimed slot as a whole message."""
+
+class RecvEnd(_LinkEnd):
+    """The receiving end."""
+
+    @property
+    def head(self) -> int:
+        """The next slot to read."""
+
+    @property
+    def num_drops(self) -> int:
+        """Times that left-overs of a message given up half-way were skipped."""
+
+    def recv(self, out: npt.NDArray[Any] | None, event_id: int, deadline: Deadline, /) -> npt.NDArray[Any]:
+        """Receive into `out`, or a new array."""
+
+    def _recv_part(
+        self, out: npt.NDArray[Any] | None, event_id: int, deadline: Deadline, is_first: bool, /
+    ) -> tuple[npt.NDArray[Any], int] | None:
+        """Receive one part; return it and how many follow. None: the sender gave up, begin again."""
+
+    def _advance(
+        self, out: npt.NDArray[Any] | None, event_id: int, deadline: Deadline, /
+    ) -> npt.NDArray[Any] | None:
+        """Take what has arrived; return the array once it is whole."""
+
+    def _peek(
+        self, event_id: int, deadline: Deadline, /
+    ) -> tuple[int, bytes, bytes, int, int, int, bool] | None:
+        """Return event id, tag, extension, kind, offset, num_bytes, is_whole of the next message, or None."""
+
+    def _take(self, event_id: int, /) -> None:
+        """Consume the record at the head as a whole message."""

@@ -18,7 +18,7 @@ pairs):
       +--------+------------+----------------+---------------+------------+-----------+-------------+
       | cells  | num_cells  | managed_offset | managed_bytes | app_offset | app_bytes | total_bytes |  u64
       +--------+------------+----------------+---------------+------------+-----------+-------------+
-    128 doorbell: seq u32, sleepers u32       256 heartbeat u64, ns        384 ready u32
+    128 doorbell: seq u32, sleepers u32, patient u32, wake_at u32     256 heartbeat u64, ns     384 ready u32
 
 Cell of (peer, lane) = metadata + (peer * num_lanes + lane) * 64:
 
@@ -35,6 +35,8 @@ Memory order. "owner" is the process that created the segment; "peer p" is the o
 | ready             | owner, once          | all       | release / acquire, SYNC: word                       |
 | doorbell seq      | all (atomic add)     | owner     | seq_cst add / acquire, SYNC: word, SYNC: doorbell   |
 | doorbell sleepers | waiters (atomic add) | all       | seq_cst, SYNC: doorbell; a ringer never writes it   |
+| doorbell patient  | owner                | ringers   | seq_cst; 1 = a waiter needs several rings           |
+| doorbell wake_at  | owner                | ringers   | seq_cst; seq from which a patient waiter is woken   |
 | heartbeat         | owner                | all       | release / acquire, SYNC: word                       |
 | cell w0 of peer p | peer p               | owner     | release / acquire, SYNC: cell-whole                 |
 | cell w1..w3       | peer p               | owner     | relaxed between the fences of SYNC: cell-torn       |

@@ -20,7 +20,7 @@ that each side polls its own memory.
       | tail u64 | head u64 | record | payload        | record | ...
       +----------+----------+--------+----------------+--------+--------------
 
-    record, 64 bytes: position u64, num_bytes u32, chunk_id u32, event_id u64, unused
+    record, 64 bytes: position u64, num_bytes u32, chunk_id u32, event_id u64, 40 bytes for the user (`tag`)
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from bus.errors import SegmentCorrupt
 from bus.memory import _native
 from bus.memory.layout import LINE_BYTES, LINE_PAIR_BYTES, align_up
 
-RECORD: Final = struct.Struct("=QIIQ")
+RECORD: Final = struct.Struct("=QIIQ40s")
 RECORD_BYTES: Final = LINE_BYTES
+TAG_BYTES: Final = 40
 TAIL_OFFSET: Final = 0
 HEAD_OFFSET: Final = TAIL_OFFSET + LINE_PAIR_BYTES
 SLOTS_OFFSET: Final = HEAD_OFFSET + LINE_PAIR_BYTES
 NUM_SLOTS_MAX: Final = 1 << 20
 SLOT_BYTES_MAX: Final = 1 << 30
 
-if RECORD.size > RECORD_BYTES:
-    raise AssertionError("a ring record overflows its line")
+if RECORD.size != RECORD_BYTES:
+    raise AssertionError("a ring record does not fill its line")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Record:
     event_id: int
     chunk_id: int
     payload: memoryview
+    tag: bytes
 
 
 class _Side:
@@ -188,13 +190,15 @@ class Producer(_Side):
         self._claimed = True
         return self._payload(self.tail, self.layout.slot_bytes)
 
-    def commit(self, num_bytes: int, *, event_id: int = 0, chunk_id: int = 0) -> None:
-        """Publish the first `num_bytes` of the claimed slot. ValueError if the slot holds fewer."""
+    def commit(self, num_bytes: int, *, event_id: int = 0, chunk_id: int = 0, tag: bytes = b"") -> None:
+        """Publish the first `num_bytes` of the claimed slot. ValueError if slot or tag hold fewer."""
         self._require_claim()
+        if len(tag) > TAG_BYTES:
+            raise ValueError(f"tag: {len(tag)} bytes are more than {TAG_BYTES}")
         if not 0 <= num_bytes <= self.layout.slot_bytes:
             raise ValueError(f"num_bytes: {num_bytes} is outside 0..{self.layout.slot_bytes}")
         RECORD.pack_into(
-            self._region, self._record_offset(self.tail), self.tail, num_bytes, chunk_id, event_id
+            self._region, self._record_offset(self.tail), self.tail, num_bytes, chunk_id, event_id, tag
         )
         self._tail.store(self.tail + 1)
         self.tail += 1
@@ -240,14 +244,14 @@ class Consumer(_Side):
             self._tail_seen = tail
             if tail == self.head:
                 return None
-        position, num_bytes, chunk_id, event_id = RECORD.unpack_from(
+        position, num_bytes, chunk_id, event_id, tag = RECORD.unpack_from(
             self._region, self._record_offset(self.head)
         )
         if position != self.head:
             self._fail(f"the slot of position {self.head} says {position}")
         if num_bytes > self.layout.slot_bytes:
             self._fail(f"record of {num_bytes} bytes in a slot of {self.layout.slot_bytes}")
-        return Record(event_id, chunk_id, self._payload(self.head, num_bytes))
+        return Record(event_id, chunk_id, self._payload(self.head, num_bytes), tag)
 
     def release(self, *, publish: bool = True) -> None:
         """Consume the oldest record; its slot may be overwritten at once.

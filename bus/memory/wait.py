@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from bus.clock import Deadline, now_ns
+from bus.clock import NS_PER_S, Deadline, now_ns
 from bus.memory import _native
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PAUSE_ROUNDS = 100  # about 2 us: longer than a cache line takes, shorter than a wake-up
 PROBE_EVERY = 64  # a burst that has shrunk to nothing is tried again once in so many waits
 
 
@@ -46,8 +47,27 @@ class Doorbell:
         return _native.wait_doorbell(self.buf, self.offset, seen, spin_ns, timeout_ns)
 
 
+@dataclass(frozen=True, slots=True)
+class LinkWait:
+    """The same strategy for the ends of links, which wait in C (bus/memory/_native_link.c) and learn per ring.
+
+    `pause_rounds` polls without giving the core away and the GIL kept, eight times as many with it released, then
+    up to `yield_ns` of polls that give the core away, then sleep if `may_sleep`. For each kind of polling an end
+    keeps a moving average of how often it won (weight 1/8 for the newest wait) and polls that way only while it
+    wins one time in eight; otherwise it is probed after 32 waits, then 64, ... up to 4,096.
+    """
+
+    pause_rounds: int
+    yield_ns: int
+    may_sleep: bool
+
+
 class WaitStrategy(Protocol):
     """One waiter's way of waiting. One thread each: it may learn."""
+
+    @property
+    def link_wait(self) -> LinkWait:
+        """How a link's end waits under this strategy."""
 
     def wait(self, bell: Doorbell, seen: int, timeout_ns: int) -> int:
         """Wait until `bell` differs from `seen`; return its seq (`seen` = timed out)."""
@@ -55,6 +75,11 @@ class WaitStrategy(Protocol):
 
 class Spin:
     """Poll without pause: only for measurements, on a core of its own; it starves a peer that shares it."""
+
+    @property
+    def link_wait(self) -> LinkWait:
+        """See `WaitStrategy`."""
+        return LinkWait(pause_rounds=1000, yield_ns=NS_PER_S, may_sleep=False)
 
     def wait(self, bell: Doorbell, seen: int, timeout_ns: int) -> int:
         """See `WaitStrategy`."""
@@ -67,6 +92,11 @@ class Spin:
 class Yielding:
     """Poll and give the core away between polls; never sleeps, so the system stays busy."""
 
+    @property
+    def link_wait(self) -> LinkWait:
+        """See `WaitStrategy`."""
+        return LinkWait(pause_rounds=0, yield_ns=NS_PER_S, may_sleep=False)
+
     def wait(self, bell: Doorbell, seen: int, timeout_ns: int) -> int:
         """See `WaitStrategy`."""
         return bell.wait(seen, timeout_ns, timeout_ns)
@@ -74,6 +104,11 @@ class Yielding:
 
 class Blocking:
     """Sleep in the kernel at once."""
+
+    @property
+    def link_wait(self) -> LinkWait:
+        """See `WaitStrategy`."""
+        return LinkWait(pause_rounds=0, yield_ns=0, may_sleep=True)
 
     def wait(self, bell: Doorbell, seen: int, timeout_ns: int) -> int:
         """See `WaitStrategy`."""
@@ -93,6 +128,11 @@ class Adaptive:
         self.spin_ns_max = spin_ns_max
         self.spin_ns = spin_ns_max
         self._waits = 0
+
+    @property
+    def link_wait(self) -> LinkWait:
+        """See `WaitStrategy`."""
+        return LinkWait(PAUSE_ROUNDS if self.spin_ns_max else 0, self.spin_ns_max, may_sleep=True)
 
     def wait(self, bell: Doorbell, seen: int, timeout_ns: int) -> int:
         """See `WaitStrategy`."""

@@ -1,1 +1,1 @@
-"""XCCL: collective communication over shared memory (paper sections 2 to 4)."""
+"""XCCL: collective communication over shared memory (paper section 3)."""

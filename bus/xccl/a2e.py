@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from bus.clock import NS_PER_MS, Deadline
 from bus.errors import PeerDied, PeerStalled, SegmentCorrupt, Truncated
-from bus.memory import _native
+from bus.memory import _collectives, _native
 from bus.memory.segment import Segment
 from bus.xccl.event import Event
 
@@ -115,13 +115,13 @@ class A2EShape:
 class A2EHandle:
     """What `a2e_send` returns and exactly one `e2a_recv` needs.
 
-    `order` [num_pairs] int64 holds flat (row * num_slots + slot) positions grouped by expert rank, ascending within
+    `order` [num_pairs] int32 holds flat (row * num_slots + slot) positions grouped by expert rank, ascending within
     a rank; rank r's pairs are `order[start[r] : start[r] + count[r]]`.
     """
 
     event: Event
     event_id: int
-    order: npt.NDArray[np.int64]
+    order: Int32Array
     start: dict[int, int]
     count: dict[int, int]
     pending: set[int] = field(default_factory=set)
@@ -199,8 +199,9 @@ class AttentionSide:
             event: names the exchange; a retry uses a higher attempt.
 
         Raises:
-            Truncated: more rows than the block holds. PeerDied: a needed rank is not connected. Nothing was sent.
-        Blocks: no. Order: pairs keep (row, slot) order within a rank. Source: paper section 3.2, 3.3.
+            Truncated: more rows than the block holds. ValueError: a slot's rank is outside -1..num_expert_ranks - 1.
+            PeerDied: a needed rank is not connected. Nothing was sent.
+        Blocks: no. Order: pairs keep (row, slot) order within a rank. Source: paper section 3.
         """
         shape, event_id, num_rows = self._shape, event.pack(), x.shape[0]
         if num_rows > shape.rows_max:
@@ -222,22 +223,22 @@ class AttentionSide:
         return handle
 
     def _plan(self, slot_rank: Int32Array, event: Event, event_id: int) -> A2EHandle:
-        flat = slot_rank.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        num_unused = int(np.searchsorted(flat[order], 0))
-        order = order[num_unused:]
-        counts = np.bincount(flat[order], minlength=self._shape.num_expert_ranks)
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        used = [int(r) for r in np.flatnonzero(counts)]
+        num_ranks = self._shape.num_expert_ranks
+        order, starts = np.empty(slot_rank.size, np.int32), np.empty(num_ranks + 1, np.int32)
+        num_pairs = _collectives.partition(
+            np.ascontiguousarray(slot_rank, np.int32), num_ranks, order, starts
+        )
+        bounds = starts.tolist()
+        used = [r for r in range(num_ranks) if bounds[r + 1] > bounds[r]]
         for rank in used:
             if rank not in self._peers:
                 raise PeerDied("not connected", rank=self._name, peer=f"expert-{rank}", event_id=event_id)
         return A2EHandle(
             event=event,
             event_id=event_id,
-            order=order,
-            start={r: int(starts[r]) for r in used},
-            count={r: int(counts[r]) for r in used},
+            order=order[:num_pairs],
+            start={r: bounds[r] for r in used},
+            count={r: bounds[r + 1] - bounds[r] for r in used},
             pending=set(used),
         )
 
@@ -297,7 +298,7 @@ class AttentionSide:
         offset = peer.layout.managed_offset + block * shape.expert_block_bytes
         y = peer.array(offset, (count, shape.hidden), np.float32)
         start = handle.start[rank]
-        flat_out[handle.order[start : start + count]] = y
+        _collectives.scatter_rows(flat_out, handle.order[start : start + count], y, 4 * shape.hidden)
 
     def _check_peers(self, handle: A2EHandle, deadline: Deadline) -> None:
         for rank in sorted(handle.pending):

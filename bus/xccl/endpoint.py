@@ -146,6 +146,7 @@ class Endpoint:
         self._ring_stride = align_up(self.p2p_ring.total_bytes, PAGE_BYTES)
         self._addresses: dict[Rank, Address] = {}
         self._peers: dict[Rank, Segment] = {}
+        self._watchers: list[Callable[[Rank], None]] = []
         rings_bytes = len(self._ring_slots) * self._ring_stride
         layout = SegmentLayout(
             len(world) * num_lanes, rings_bytes + extra_managed_bytes, app_bytes, num_lanes=num_lanes
@@ -171,6 +172,17 @@ class Endpoint:
         known = self._addresses.get(rank)
         if known is None or known.incarnation < incarnation:
             self._addresses[rank] = Address(incarnation, segment)
+            for watcher in tuple(self._watchers):
+                watcher(rank)
+
+    def watch(self, watcher: Callable[[Rank], None]) -> None:
+        """Call `watcher(rank)` whenever `learn` brings a newer incarnation, in the thread of `learn`."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Callable[[Rank], None]) -> None:
+        """Call it no longer. Idempotent."""
+        if watcher in self._watchers:
+            self._watchers.remove(watcher)
 
     def address(self, rank: Rank) -> Address | None:
         """Return the newest known address of `rank`."""

@@ -1,10 +1,20 @@
-"""The 128 bytes that begin a point-to-point message: what array follows.
+"""What a point-to-point message carries: an array, or several parts, each announced in its first record.
 
-0          8          12         16               32                            96        128
-+----------+----------+----------+----------------+-----------------------------+---------+
-| num_bytes| version  | ndim u32 | dtype, ASCII,  | shape: 8 x u64, unused = 0  | unused  |
-| u64      | u32      |          | NUL-padded     |                             |         |
-+----------+----------+----------+----------------+-----------------------------+---------+
+The tag, 40 bytes, fills up the line of the first record of every part, so that the header of a small message
+costs no line of its own:
+
+    record 24       28         29      30         32                64
+    +------+--------+----------+-------+----------+-----------------+
+    | ...  | dtype  | ndim u8  | kind  | num_more | shape: 4 x u64  |
+    |      | char[4]|          | u8    | u16      | unused = 0      |
+    +------+--------+----------+-------+----------+-----------------+
+
+Arrays of 5 to 8 dimensions have the others in the first 64 bytes of that record's payload (the extension: 8 x
+u64, unused = 0). Kinds:
+
+    INLINE  the bytes follow, in this record and the next ones
+    PULL    they lie in the sender's app area; the payload is their offset in its segment, u64
+    PUT     the sender has stored them in the receiver's app area; the payload is their offset there, u64
 """
 
 from __future__ import annotations
@@ -18,14 +28,24 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-HEADER: Final = struct.Struct("=QII16s8Q32x")
-HEADER_BYTES: Final = 128
-HEADER_VERSION: Final = 1
+from bus.errors import Truncated
+
+TAG: Final = struct.Struct("=4sBBH4Q")
+TAG_BYTES: Final = 40
+EXTENSION: Final = struct.Struct("=8Q")
+EXTENSION_BYTES: Final = 64
+POINTER: Final = struct.Struct("=Q")
+TAG_DIMS: Final = 4
 NUM_DIMS_MAX: Final = 8
+NUM_PARTS_MAX: Final = 65535
+SLOT_BYTES_MIN: Final = 128
+INLINE: Final = 1
+PULL: Final = 2
+PUT: Final = 3
 DTYPE_PATTERN: Final = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 
-if HEADER.size != HEADER_BYTES:
-    raise AssertionError("the message header is not 128 bytes")
+if (TAG.size, EXTENSION.size) != (TAG_BYTES, EXTENSION_BYTES):
+    raise AssertionError("tag or extension has not its size")
 
 
 def check_array(array: npt.NDArray[Any]) -> None:
@@ -40,10 +60,12 @@ def check_array(array: npt.NDArray[Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MessageHeader:
-    """dtype and shape of the array that a message carries."""
+    """dtype and shape of the array that a part carries, how it travels, and how many parts follow."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    kind: int = INLINE
+    num_more: int = 0
 
     @classmethod
     def of(cls, array: npt.NDArray[Any]) -> MessageHeader:
@@ -55,29 +77,56 @@ class MessageHeader:
         """Bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pack(self) -> bytes:
-        """Return the 128 bytes."""
-        shape = (*self.shape, *[0] * (NUM_DIMS_MAX - len(self.shape)))
+    def pack(self) -> tuple[bytes, bytes]:
+        """Return the tag, and the extension (empty up to 4 dimensions)."""
+        dims = (*self.shape, *[0] * (TAG_DIMS + 8 - len(self.shape)))
         name = self.dtype.str.encode("ascii")
-        return HEADER.pack(self.num_bytes, HEADER_VERSION, len(self.shape), name, *shape)
+        tag = TAG.pack(name, len(self.shape), self.kind, self.num_more, *dims[:TAG_DIMS])
+        return tag, EXTENSION.pack(*dims[TAG_DIMS:]) if len(self.shape) > TAG_DIMS else b""
 
     @classmethod
-    def parse(cls, data: bytes, num_bytes_max: int) -> MessageHeader:
-        """Return what `data` says; ValueError names the first field that is wrong."""
-        if len(data) != HEADER_BYTES:
-            raise ValueError(f"{len(data)} bytes must be {HEADER_BYTES}")
-        num_bytes, version, ndim, raw_name, *dims = HEADER.unpack(data)
-        if version != HEADER_VERSION:
-            raise ValueError(f"version: {version} must be {HEADER_VERSION}")
-        if ndim > NUM_DIMS_MAX or any(dims[ndim:]):
+    def parse(cls, tag: bytes, extension: bytes, num_bytes_max: int) -> MessageHeader:
+        """Return what a tag and its extension say; ValueError names the first field that is wrong.
+
+        Args:
+            tag: 40 bytes.
+            extension: the first bytes of the payload, used only for 5 dimensions and more.
+            num_bytes_max: bound of the array's bytes.
+        """
+        if len(tag) != TAG_BYTES:
+            raise ValueError(f"tag: {len(tag)} bytes must be {TAG_BYTES}")
+        raw_name, ndim, kind, num_more, *dims = TAG.unpack(tag)
+        if ndim > NUM_DIMS_MAX:
+            raise ValueError(f"shape: {ndim} dimensions are more than {NUM_DIMS_MAX}")
+        if ndim > TAG_DIMS:
+            if len(extension) < EXTENSION_BYTES:
+                raise ValueError(f"extension: {len(extension)} bytes must be {EXTENSION_BYTES}")
+            dims += EXTENSION.unpack(extension[:EXTENSION_BYTES])
+        if any(dims[ndim:]):
             raise ValueError(f"shape: {ndim} dimensions of {dims}")
+        if kind not in (INLINE, PULL, PUT):
+            raise ValueError(f"kind: {kind} must be one of {INLINE}, {PULL}, {PUT}")
         name = raw_name.rstrip(b"\0").decode("ascii", "replace")
         if not DTYPE_PATTERN.fullmatch(name):
             raise ValueError(f"dtype: {name!r} must match {DTYPE_PATTERN.pattern}")
         try:
-            header = cls(np.dtype(name), tuple(dims[:ndim]))
+            header = cls(np.dtype(name), tuple(dims[:ndim]), kind, num_more)
         except TypeError as error:
             raise ValueError(f"dtype: {name!r} is unknown") from error
-        if header.num_bytes != num_bytes or num_bytes > num_bytes_max:
-            raise ValueError(f"num_bytes: {num_bytes} for {header}, at most {num_bytes_max}")
+        # The product of the non-zero lengths counts too: NumPy refuses shapes that overflow, even when empty.
+        extent = math.prod(length for length in header.shape if length) * header.dtype.itemsize
+        if header.num_bytes > num_bytes_max or extent > 2**63 - 1:
+            raise ValueError(
+                f"num_bytes: {header.num_bytes} of {header.dtype} {header.shape} > {num_bytes_max}"
+            )
         return header
+
+
+def check_out(out: npt.NDArray[Any], header: MessageHeader, *, rank: str, peer: str, event_id: int) -> None:
+    """Raise Truncated if the message has more bytes than `out`, ValueError if dtype or shape differ."""
+    check_array(out)
+    if header.num_bytes > out.nbytes:
+        text = f"the message has {header.num_bytes} bytes, the buffer {out.nbytes}"
+        raise Truncated(text, rank=rank, peer=peer, event_id=event_id)
+    if (out.dtype, out.shape) != (header.dtype, header.shape):
+        raise ValueError(f"out: {out.dtype} {out.shape} must be the message's {header.dtype} {header.shape}")

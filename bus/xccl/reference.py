@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,24 +23,109 @@ def exchange(
     slot_rank: Int32Array,
     slot_expert: Int32Array,
     product: Callable[[int, Float32Array], Float32Array],
+    *,
+    int8: bool = False,
 ) -> Float32Array:
-    """Return what `a2e_send` followed by `e2a_recv` must yield (twin of `bus.xccl.a2e`).
+    """Return what `a2e_send` followed by `e2a_recv` must yield (twin of `bus.xccl.a2e` and `bus.xccl.trampoline`).
 
     Args:
         x: [num_rows, hidden] float32.
         slot_rank, slot_expert: [num_rows, num_slots] int32; rank -1 = no expert for this slot.
         product: (expert, [1, hidden]) -> [1, hidden]; what an expert makes of one row.
+        int8: rows and results are quantised on their way.
 
     Returns:
         [num_rows, num_slots, hidden] float32, zero where the rank is -1. Ranks do not matter to the result.
     """
     num_rows, num_slots = slot_rank.shape
     out = np.zeros((num_rows, num_slots, x.shape[1]), np.float32)
+    sent = transport(x, int8=int8)
     for row in range(num_rows):
         for slot in range(num_slots):
             if slot_rank[row, slot] >= 0:
-                out[row, slot] = product(int(slot_expert[row, slot]), x[row : row + 1])[0]
+                y = product(int(slot_expert[row, slot]), sent[row : row + 1])
+                out[row, slot] = transport(y, int8=int8)[0]
     return out
+
+
+def quantise_rows(x: Float32Array) -> tuple[npt.NDArray[np.int8], Float32Array]:
+    """Return (q [num_rows, hidden] int8, scale [num_rows] float32) of rows (twin of `bus.xccl.int8.quantise`)."""
+    q = np.zeros(x.shape, np.int8)
+    scale = np.zeros(x.shape[0], np.float32)
+    for i, row in enumerate(x):
+        if not np.isfinite(row).all():
+            scale[i] = np.nan
+            continue
+        # Clipped below: a subnormal scale is too coarse to keep the quotient within 127.
+        scale[i] = np.max(np.abs(row), initial=np.float32(0)) / np.float32(127)
+        if scale[i] > 0:
+            with np.errstate(over="ignore"):
+                quotient = row / scale[i]
+            q[i] = np.rint(np.clip(quotient, -127, 127)).astype(np.int8)
+    return q, scale
+
+
+def transport(x: Float32Array, *, int8: bool) -> Float32Array:
+    """Return what a receiver sees of rows: the rows themselves, or what INT8 transport leaves of them."""
+    if not int8:
+        return x.copy()
+    q, scale = quantise_rows(x)
+    with np.errstate(over="ignore"):
+        return q.astype(np.float32) * scale[:, None]
+
+
+def dispatch_rows(
+    xs: Sequence[Float32Array], topk_idx: Sequence[Int32Array], num_local_experts: int, *, int8: bool = False
+) -> list[tuple[Float32Array, Int32Array]]:
+    """Return (x, expert_counts) that each rank's `dispatch` must yield (twin of `bus.xccl.dispatch`).
+
+    Args:
+        xs: per rank [num_tokens, hidden] float32.
+        topk_idx: per rank [num_tokens, top_k] int32 physical experts, -1 = none.
+        num_local_experts: rank r holds r * num_local_experts onward. int8: rows are quantised on their way.
+    """
+    results = []
+    sent = [transport(x, int8=int8) for x in xs]
+    for rank in range(len(xs)):
+        rows, counts = [], np.zeros(num_local_experts, np.int32)
+        for local in range(num_local_experts):
+            for source, idx in enumerate(topk_idx):
+                for token in np.nonzero(idx == rank * num_local_experts + local)[0]:
+                    rows.append(sent[source][token])
+                    counts[local] += 1
+        x = np.array(rows, np.float32).reshape(len(rows), xs[rank].shape[1])
+        results.append((x, counts))
+    return results
+
+
+def dispatch_combine(
+    xs: Sequence[Float32Array],
+    topk_idx: Sequence[Int32Array],
+    topk_weights: Sequence[Float32Array],
+    product: Callable[[int, Float32Array], Float32Array],
+    *,
+    int8: bool = False,
+) -> list[Float32Array]:
+    """Return what each rank's `combine` must yield (twin of `bus.xccl.dispatch`).
+
+    Args:
+        xs, topk_idx, int8: as in `dispatch_rows`. topk_weights: per rank [num_tokens, top_k] float32.
+        product: (expert, [1, hidden]) -> [1, hidden]; what an expert makes of one row.
+
+    Returns:
+        Per rank [num_tokens, hidden] float32: 0 + weight * y over slots 0..top_k-1, each step rounded to float32.
+    """
+    outs = []
+    for x, idx, weights in zip(xs, topk_idx, topk_weights, strict=True):
+        out = np.zeros(x.shape, np.float32)
+        sent = transport(x, int8=int8)
+        for token in range(x.shape[0]):
+            for slot in range(idx.shape[1]):
+                if idx[token, slot] >= 0:
+                    y = transport(product(int(idx[token, slot]), sent[token : token + 1]), int8=int8)[0]
+                    out[token] = out[token] + weights[token, slot] * y
+        outs.append(out)
+    return outs
 
 
 class P2pReference:

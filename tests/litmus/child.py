@@ -16,7 +16,7 @@ from bus.memory.ring import Position, Producer, RingLayout
 from bus.memory.segment import Segment
 from bus.memory.wait import Adaptive, Doorbell, wait_until
 from bus.xccl.endpoint import Endpoint, World
-from bus.xccl.p2p import P2p
+from bus.xccl.p2p import P2p, SlowP2p
 
 WAIT_NS = 10 * NS_PER_S
 RING = RingLayout(num_slots=64, slot_bytes=64)
@@ -117,7 +117,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def open_p2p(pod: str, incarnation: int, receiver_segment: str) -> tuple[Endpoint, P2p]:
+def open_endpoint(pod: str, incarnation: int, receiver_segment: str) -> Endpoint:
     endpoint = Endpoint(
         pod=pod,
         world=WORLD,
@@ -128,12 +128,13 @@ def open_p2p(pod: str, incarnation: int, receiver_segment: str) -> tuple[Endpoin
         p2p_ring=P2P_RING,
     )
     endpoint.learn(RECEIVER, 1, receiver_segment)
-    return endpoint, P2p(endpoint)
+    return endpoint
 
 
 def send_and_die(pod: str, incarnation: int, receiver_segment: str, fault_point: str) -> None:
     """Send event 1 whole, then die at the fault point while sending event 2. `none` sends it and goes on living."""
-    endpoint, p2p = open_p2p(pod, incarnation, receiver_segment)
+    endpoint = open_endpoint(pod, incarnation, receiver_segment)
+    p2p = SlowP2p(endpoint)
     deadline = Deadline.after_ms(20_000)
     say("ready", endpoint.segment.name)
     p2p.send(np.full(100, incarnation, np.int64), RECEIVER, 1, deadline)
@@ -147,6 +148,31 @@ def send_and_die(pod: str, incarnation: int, receiver_segment: str, fault_point:
     p2p.send(np.arange(2000), RECEIVER, 2, deadline)
     p2p.send(np.arange(3), RECEIVER, 3, deadline)
     say("sent")
+
+
+def send_and_die_in_c(pod: str, receiver_segment: str, fault_point: int, num_bytes: int) -> None:
+    """Send event 1 whole, then die at the fault point of the first record of event 2."""
+    endpoint = open_endpoint(pod, 1, receiver_segment)
+    p2p = P2p(endpoint)
+    deadline = Deadline.after_ms(20_000)
+    say("ready", endpoint.segment.name)
+    p2p.send(np.arange(100), RECEIVER, 1, deadline)
+    setattr(p2p.sender(RECEIVER), "fault_point", fault_point)  # noqa: B010 (only in the test build)
+    p2p.send(np.full(num_bytes, 7, np.uint8), RECEIVER, 2, deadline)
+    say("sent")
+
+
+def stream(pod: str, receiver_segment: str, seed: int, count: int) -> None:
+    """Send messages that testify: number i has a size and content that follow from the seed and i."""
+    endpoint = open_endpoint(pod, 1, receiver_segment)
+    p2p = P2p(endpoint)
+    deadline = Deadline.after_ms(60_000)
+    say("ready", endpoint.segment.name)
+    sender, rng = p2p.sender(RECEIVER), np.random.default_rng(seed)
+    for i, size in enumerate(rng.integers(0, 200, count)):
+        sender.send(np.full(size, i, np.uint64), i, deadline)
+    p2p.close()
+    endpoint.close()
 
 
 ROLES: dict[str, Callable[[list[str]], None]] = {}
@@ -195,6 +221,16 @@ def producer(args: list[str]) -> None:
 @role
 def sender(args: list[str]) -> None:
     send_and_die(args[0], int(args[1]), args[2], args[3])
+
+
+@role
+def fast_sender(args: list[str]) -> None:
+    send_and_die_in_c(args[0], args[1], int(args[2]), int(args[3]))
+
+
+@role
+def streamer(args: list[str]) -> None:
+    stream(args[0], args[1], int(args[2]), int(args[3]))
 
 
 @role

@@ -16,6 +16,7 @@ import pytest
 
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
+from tests.native.build import build_extension, extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_TIMEOUT_S = 30
@@ -24,9 +25,11 @@ LINE_TIMEOUT_S = 30
 class Child:
     """A process that runs one role of child.py, on the given CPUs."""
 
-    def __init__(self, role: str, *args: object, cpus: set[int]) -> None:
+    def __init__(self, role: str, *args: object, cpus: set[int], extension: Path | None = None) -> None:
+        script = ["child.py"] if extension is None else ["fault_child.py", str(extension)]
+        script[0] = str(Path(__file__).with_name(script[0]))
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("child.py")), role, *map(str, args)],
+            [sys.executable, *script, role, *map(str, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,6 +72,14 @@ def pod() -> Iterator[str]:
     assert total_bytes(segment_prefix(name)) == 0
 
 
+@pytest.fixture(scope="session")
+def faulty_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C extension, built so that it can be told to kill its process at a fault point."""
+    directory = tmp_path_factory.mktemp("faulty")
+    sources = dict(extensions())["_native"]
+    return build_extension("_native", sources, directory, ["-O2", "-DXDS_FAULT_POINTS"])
+
+
 @pytest.fixture
 def segment(pod: str) -> Iterator[Segment]:
     """A segment of this process with 16 cells, room for a ring, and 16 MiB of app area."""
@@ -98,8 +109,8 @@ def spawn(pod: str) -> Iterator[Callable[..., Child]]:
     """Start children; all have ended before the pod is looked through for leftovers."""
     children: list[Child] = []
 
-    def start(role: str, *args: object, cpus: set[int] | None = None) -> Child:
-        children.append(Child(role, *args, cpus=cpus or os.sched_getaffinity(0)))
+    def start(role: str, *args: object, cpus: set[int] | None = None, extension: Path | None = None) -> Child:
+        children.append(Child(role, *args, cpus=cpus or os.sched_getaffinity(0), extension=extension))
         return children[-1]
 
     yield start

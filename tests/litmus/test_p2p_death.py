@@ -47,6 +47,12 @@ def start_sender(spawn: Spawn, endpoint: Endpoint, incarnation: int, fault_point
     return child
 
 
+def await_message(p2p: P2p) -> None:
+    """Wait until a message has begun to arrive; consumes nothing."""
+    while p2p.probe(SENDER) is None:
+        assert p2p.receiver(SENDER)._wait(0, soon())
+
+
 def soon() -> Deadline:
     return Deadline.after_ms(20_000)
 
@@ -64,7 +70,7 @@ def test_a_message_whose_sender_died_is_never_received(
     assert now_ns() - start_ns < 10 * NS_PER_S, "death is noticed by the lock, not by the deadline"
     assert child.wait() == -signal.SIGKILL
     if fault_point != "published":
-        assert p2p._incoming[SENDER]._consumer.peek() is None, "nothing of it is visible"
+        assert p2p.probe(SENDER) is None, "nothing of it is visible"
     orphan = segment_name(receiver.pod, "attention", 0, 1)
     assert sweep(segment_prefix(receiver.pod)) == [orphan]
     assert receiver.segment.owner_alive()
@@ -89,8 +95,7 @@ def test_a_sender_killed_while_its_message_is_half_through(spawn: Spawn, receive
     p2p = P2p(receiver)
     child = start_sender(spawn, receiver, 1, "none")
     p2p.recv(None, SENDER, 1, soon())
-    link = p2p._incoming[SENDER]
-    link.await_record(2, soon())
+    await_message(p2p)
     child.process.send_signal(signal.SIGKILL)
     child.process.wait(10)
     with pytest.raises(PeerDied):
@@ -102,7 +107,7 @@ def test_a_whole_message_of_a_dead_sender_is_received_first(spawn: Spawn, receiv
     child = start_sender(spawn, receiver, 1, "none")
     p2p.recv(None, SENDER, 1, soon())
     p2p.recv(None, SENDER, 2, soon())
-    p2p._incoming[SENDER].await_record(3, soon())
+    await_message(p2p)
     child.process.send_signal(signal.SIGKILL)
     child.process.wait(10)
     assert np.array_equal(p2p.recv(None, SENDER, 3, soon()), np.arange(3))
@@ -162,3 +167,43 @@ def test_a_segment_lives_as_long_as_its_owner_whoever_else_comes_and_goes(
     assert sweep(segment_prefix(pod)) == [name]
     assert total_bytes(segment_prefix(pod)) == held - peer.layout.total_bytes
     peer.close()
+
+
+@pytest.mark.parametrize("num_bytes", [64, 2000], ids=["one-record", "many-records"])
+@pytest.mark.parametrize(
+    "fault_point", [1, 2, 3, 4, 5], ids=["claimed", "copied", "recorded", "published", "rung"]
+)
+def test_a_sender_killed_inside_c(
+    spawn: Spawn, receiver: Endpoint, faulty_extension: Path, fault_point: int, num_bytes: int
+) -> None:
+    """Before the tail is published nothing of the message is visible; afterwards a whole one is received first."""
+    p2p = P2p(receiver)
+    args = (receiver.pod, receiver.segment.name, fault_point, num_bytes)
+    child = spawn("fast-sender", *args, extension=faulty_extension)
+    receiver.learn(SENDER, 1, child.line().split()[1])
+    assert np.array_equal(p2p.recv(None, SENDER, 1, soon()), np.arange(100))
+    start_ns = now_ns()
+    if fault_point >= 4 and num_bytes == 64:
+        assert (p2p.recv(None, SENDER, 2, soon()) == 7).all()
+    with pytest.raises(PeerDied):
+        p2p.recv(None, SENDER, 2, soon())
+    assert now_ns() - start_ns < 10 * NS_PER_S
+    assert child.wait() == -signal.SIGKILL
+    if fault_point < 4:
+        assert p2p.probe(SENDER) is None, "nothing of it is visible"
+    p2p.close()
+
+
+def test_messages_that_testify(spawn: Spawn, receiver: Endpoint, cpus: list[set[int]]) -> None:
+    """Every message has the size and content that follow from its number, on one core and on two."""
+    seed, count = 5, 10_000
+    child = spawn("streamer", receiver.pod, receiver.segment.name, seed, count, cpus=cpus[1])
+    receiver.learn(SENDER, 1, child.line().split()[1])
+    p2p = P2p(receiver)
+    link, deadline = p2p.receiver(SENDER), Deadline.after_ms(60_000)
+    for i, size in enumerate(np.random.default_rng(seed).integers(0, 200, count)):
+        got = link.recv(None, i, deadline)
+        assert got.shape == (size,)
+        assert (got == i).all()
+    assert child.wait() == 0
+    p2p.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from bus.config import XcclConfig
 from bus.errors import EventMismatch, Truncated
 from bus.memory.ring import RingLayout
 from bus.xccl.endpoint import Endpoint, World
-from bus.xccl.p2p import P2p
+from bus.xccl.p2p import P2p, SlowP2p
 from bus.xccl.reference import P2pReference
 
 WORLD = World.of(attention=1, expert=1)
@@ -52,7 +53,9 @@ def payload(step: Step, number: int) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def linked_pair(ring: RingLayout) -> Iterator[tuple[P2p, P2p]]:
+def linked_pair(
+    ring: RingLayout, forms: tuple[type[P2p | SlowP2p], type[P2p | SlowP2p]]
+) -> Iterator[tuple[P2p | SlowP2p, P2p | SlowP2p]]:
     pod = f"prop{uuid.uuid4().hex[:12]}"
     endpoints = [
         Endpoint(
@@ -70,7 +73,7 @@ def linked_pair(ring: RingLayout) -> Iterator[tuple[P2p, P2p]]:
         for endpoint in endpoints:
             for other in endpoints:
                 endpoint.learn(other.me, 1, other.segment.name)
-        yield P2p(endpoints[0]), P2p(endpoints[1])
+        yield forms[0](endpoints[0]), forms[1](endpoints[1])
     finally:
         for endpoint in endpoints:
             endpoint.close()
@@ -87,7 +90,7 @@ def outcome(action: Any) -> tuple[str, Any]:
     return "value", result
 
 
-def compare(step: Step, fast: P2p, slow: P2pReference) -> None:
+def compare(step: Step, fast: P2p | SlowP2p, slow: P2pReference) -> None:
     def recv(event_id: int, out: npt.NDArray[Any] | None) -> None:
         deadline = Deadline.after_ms(TIMEOUT_MS)
         mine = None if out is None else out.copy()
@@ -101,22 +104,25 @@ def compare(step: Step, fast: P2p, slow: P2pReference) -> None:
         recv(step.event_id, np.empty(right.nbytes - 1, np.uint8))
     elif step.mistake == "dtype":
         recv(step.event_id, np.empty((*step.shape, 1, 1), step.dtype))
-    if step.mistake == "discard":
+    if step.mistake == "discard" and isinstance(fast, P2p):
         dropped = outcome(lambda: fast.discard(SENDER, Deadline.after_ms(TIMEOUT_MS)))
         assert dropped == outcome(lambda: slow.discard(SENDER, RECEIVER)) == ("value", step.event_id)
     else:
         recv(step.event_id, right if step.mistake else None)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("forms", [(P2p, P2p), (SlowP2p, P2p), (P2p, SlowP2p)], ids=["c-c", "py-c", "c-py"])
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(STEPS, min_size=1, max_size=12),
     st.builds(RingLayout, num_slots=st.integers(1, 5), slot_bytes=st.integers(128, 400)),
 )
-def test_p2p_equals_its_twin(steps: list[Step], ring: RingLayout) -> None:
+def test_p2p_equals_its_twin(
+    forms: tuple[type[P2p | SlowP2p], type[P2p | SlowP2p]], steps: list[Step], ring: RingLayout
+) -> None:
     slow = P2pReference()
     failures: list[BaseException] = []
-    with linked_pair(ring) as (sender, receiver):
+    with linked_pair(ring, forms) as (sender, receiver):
 
         def send_all() -> None:
             try:

@@ -21,9 +21,9 @@ from bus.errors import (
     XcclError,
 )
 from bus.memory import _native
-from bus.memory.ring import RingLayout
+from bus.memory.ring import SLOTS_OFFSET, RingLayout
 from bus.xccl.endpoint import P2P_ACK_LANE, P2P_GRANT_LANE, Endpoint, Rank, World, stamp
-from bus.xccl.p2p import P2p
+from bus.xccl.p2p import P2p, SlowP2p
 
 WORLD = World.of(attention=2, expert=2)
 A, B = Rank("attention", 1), Rank("expert", 0)
@@ -68,6 +68,13 @@ class Pair:
         introduce(a, b)
         self.sender, self.receiver = P2p(a), P2p(b)
         self._pool = ThreadPoolExecutor(1)
+
+    def arrived(self) -> int:
+        """Wait until B sees A's next message and return its event id; consumes nothing."""
+        deadline = soon()
+        while (found := self.receiver.probe(A)) is None:
+            assert self.receiver.receiver(A)._wait(0, deadline)
+        return found[0]
 
     def start(
         self, array: np.ndarray[Any, Any], event_id: int, deadline: Deadline | None = None
@@ -121,7 +128,7 @@ def test_read_only_arrays_may_be_sent(pair: Pair) -> None:
 def test_send_returns_only_after_recv(pair: Pair) -> None:
     pair.receiver.accept(A)
     sent = pair.start(np.zeros(3), 1)
-    pair.receiver._incoming[A].await_record(1, soon())
+    pair.arrived()
     assert not sent.done()
     pair.receiver.recv(None, A, 1, soon())
     sent.result(20)
@@ -206,7 +213,7 @@ def test_a_message_that_was_given_up_by_its_sender_is_skipped(pair: Pair) -> Non
     with pytest.raises(PeerStalled):
         pair.sender.send(np.full(1000, 1), B, 1, at_once())
     sent = pair.start(np.full(1000, 2), 2)
-    assert (pair.receiver._incoming[A].await_record(1, soon()).event_id) == 1
+    assert pair.arrived() == 1
     with pytest.raises(EventMismatch):
         pair.receiver.recv(None, A, 1, soon())
     assert (pair.receiver.recv(None, A, 2, soon()) == 2).all()
@@ -226,10 +233,14 @@ def test_a_retry_under_the_same_event_replaces_the_half_message(pair: Pair) -> N
 
 def test_a_message_that_was_given_up_by_its_receiver_fails_at_the_sender(pair: Pair) -> None:
     pair.receiver.accept(A)
-    link = pair.receiver._incoming[A]
-    sent = pair.start(np.full(60, 1), 1)  # three chunks: the whole message fits the ring
-    link.await_record(1, soon())
-    link.release()  # a receiver that stalled in the middle has consumed the first chunk and forgotten it
+    sent = pair.start(np.full(60, 1), 1)  # two chunks: the whole message fits the ring
+    pair.arrived()
+    # A receiver that stalled in the middle has consumed the first chunk and forgotten it: so does this one.
+    slow = SlowP2p(pair.b).incoming(A, 1)
+    slow.await_record(1, soon())
+    slow.release()
+    slow._publish()
+    pair.receiver = P2p(pair.b)
     with pytest.raises(PeerStalled, match="nothing arrived"):
         pair.receiver.recv(None, A, 2, Deadline.after_ms(300))
     with pytest.raises(PeerStalled, match="gave the message up"):
@@ -262,7 +273,7 @@ def test_a_closed_peer_is_dead_until_its_next_incarnation_is_known(pair: Pair, m
 def test_a_wait_ends_when_a_newer_incarnation_becomes_known(pair: Pair) -> None:
     pair.receiver.accept(A)
     sent = pair.start(np.zeros(1), 1)
-    pair.receiver._incoming[A].await_record(1, soon())
+    pair.arrived()
     pair.a.learn(B, 2, "/xds-somewhere-else")
     with pytest.raises(PeerDied, match="incarnation 2 has replaced it"):
         sent.result(20)
@@ -307,7 +318,7 @@ def test_a_grant_outside_the_managed_area_is_corrupt(
 def test_an_ack_beyond_the_tail_is_corrupt(pair: Pair) -> None:
     pair.receiver.accept(A)
     sent = pair.start(np.zeros(1), 1)
-    pair.receiver._incoming[A].await_record(1, soon())
+    pair.arrived()
     cell = pair.a.cell_from(B, P2P_ACK_LANE)
     _native.write_cell(pair.a.segment.buf, cell, stamp(1, 99), 1, 50, 50)
     pair.a.segment.ring_doorbell()
@@ -315,15 +326,32 @@ def test_an_ack_beyond_the_tail_is_corrupt(pair: Pair) -> None:
         sent.result(20)
 
 
-def test_a_damaged_message_header_is_corrupt(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("at", "bad", "text"),
+    [
+        (24, b"<q9\0", "dtype"),
+        (24, b"<i3\0", "unknown"),
+        (28, b"\x09", "9 dimensions"),
+        (29, b"\0", "kind"),
+        (32, b"\xff" * 8, "num_bytes"),
+        (40, b"\x01", "shape"),
+        (0, b"\x07", "position 0 says 7"),
+        (8, b"\xff\xff\xff\xff", "record of 4294967295 bytes"),
+        (8, b"\x09", "chunk 0 has 9 bytes of 8"),
+    ],
+)
+def test_a_damaged_record_is_corrupt(pair: Pair, at: int, bad: bytes, text: str) -> None:
     pair.receiver.accept(A)
     sent = pair.start(np.zeros(1), 1)
-    record = pair.receiver._incoming[A].await_record(1, soon())
-    good = bytes(record.payload[:8])
-    record.payload[:8] = b"\xff" * 8
-    with pytest.raises(SegmentCorrupt, match="num_bytes"):
+    pair.arrived()
+    offset = pair.b.ring_offset(A)
+    assert offset is not None
+    at += offset + SLOTS_OFFSET
+    good = bytes(pair.b.segment.buf[at : at + len(bad)])
+    pair.b.segment.buf[at : at + len(bad)] = bad
+    with pytest.raises(SegmentCorrupt, match=text):
         pair.receiver.recv(None, A, 1, soon())
-    record.payload[:8] = good
+    pair.b.segment.buf[at : at + len(bad)] = good
     pair.receiver.recv(None, A, 1, soon())
     sent.result(20)
 

@@ -1,0 +1,82 @@
+/* The limit that point-to-point is measured against: a ping-pong in C over shared memory, two copies, pure spin.
+ *
+ * Layout: [flag u64 of side 0, line pair] [flag u64 of side 1, line pair] [num_bytes of side 0] [num_bytes of side 1],
+ * each block rounded up to a page. A round: side 0 copies its message in and stores its flag; side 1 spins on that
+ * flag, copies the message out, and answers the same way. */
+#include "_native_link.h"
+
+#define FLAG_STRIDE 128
+#define BLOCK_OFFSET 4096
+
+static int
+await_flag(const uint64_t *flag, uint64_t round, int64_t deadline)
+{
+    for (uint64_t polls = 1; __atomic_load_n(flag, __ATOMIC_ACQUIRE) != round; polls++) { /* SYNC: bench-flag */
+        cpu_relax();
+        if (polls % 4096 == 0 && now_ns() >= deadline) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* bench_pingpong(buf, offset, side, private, first_round, durations, timeout_ns): `durations` (u64, writable) gets the
+ * nanoseconds of each round at side 0; its length is the number of rounds. */
+PyObject *
+bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer shared, private, durations;
+    uint64_t offset, side, first, timeout;
+    if (check_count("bench_pingpong", nargs, 7) < 0 || parse_unsigned(args[1], "offset", INT64_MAX, &offset) < 0 ||
+        parse_unsigned(args[2], "side", 1, &side) < 0 || parse_unsigned(args[4], "first_round", END_MASK, &first) < 0 ||
+        parse_unsigned(args[6], "timeout_ns", INT64_MAX, &timeout) < 0 ||
+        PyObject_GetBuffer(args[0], &shared, PyBUF_WRITABLE) < 0) {
+        return NULL;
+    }
+    if (PyObject_GetBuffer(args[3], &private, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&shared);
+        return NULL;
+    }
+    if (PyObject_GetBuffer(args[5], &durations, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&private);
+        PyBuffer_Release(&shared);
+        return NULL;
+    }
+    uint64_t num_bytes = (uint64_t)private.len, block = (num_bytes + BLOCK_OFFSET - 1) / BLOCK_OFFSET * BLOCK_OFFSET;
+    uint64_t num_rounds = (uint64_t)durations.len / 8, length = (uint64_t)shared.len;
+    int is_fit = offset % FLAG_STRIDE == 0 && offset <= length && BLOCK_OFFSET + 2 * block <= length - offset &&
+                 (uintptr_t)durations.buf % 8 == 0 && (uintptr_t)shared.buf % FLAG_STRIDE == 0;
+    int is_done = is_fit;
+    if (is_fit) {
+        char *base = (char *)shared.buf + offset;
+        uint64_t *mine = (uint64_t *)(base + side * FLAG_STRIDE);
+        const uint64_t *theirs = (const uint64_t *)(base + (1 - side) * FLAG_STRIDE);
+        char *out = base + BLOCK_OFFSET + side * block;
+        const char *in = base + BLOCK_OFFSET + (1 - side) * block;
+        int64_t deadline = deadline_after(now_ns(), (int64_t)timeout);
+        Py_BEGIN_ALLOW_THREADS
+        for (uint64_t i = 0; i < num_rounds && is_done; i++) {
+            int64_t start = now_ns();
+            if (side == 1) {
+                is_done = await_flag(theirs, first + i, deadline);
+                copy_bytes(private.buf, in, (Py_ssize_t)num_bytes);
+            }
+            copy_bytes(out, private.buf, (Py_ssize_t)num_bytes);
+            __atomic_store_n(mine, first + i, __ATOMIC_RELEASE); /* SYNC: bench-flag */
+            if (side == 0) {
+                is_done = await_flag(theirs, first + i, deadline);
+                copy_bytes(private.buf, in, (Py_ssize_t)num_bytes);
+            }
+            ((uint64_t *)durations.buf)[i] = (uint64_t)(now_ns() - start);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&durations);
+    PyBuffer_Release(&private);
+    PyBuffer_Release(&shared);
+    if (!is_fit) {
+        PyErr_SetString(PyExc_ValueError, "bench_pingpong: a buffer is too small or unaligned");
+        return NULL;
+    }
+    return PyBool_FromLong(is_done);
+}

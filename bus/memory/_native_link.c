@@ -1,0 +1,550 @@
+/* Ends of links: opening, cells, errors, and what both directions need. See _native_link.h. */
+#include "_native_link.h"
+
+#include <stdarg.h>
+
+#define SCORE_MAX 1024u
+#define SCORE_LOW 128u /* below it a way of polling is only probed */
+#define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
+#define PROBE_MAX 4096u
+#define LONG_PAUSE 8
+
+PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
+static PyObject *name_dtype, *name_str, *name_at_ns;
+
+int
+link_init_names(void)
+{
+    const struct {
+        PyObject **where;
+        const char *text;
+    } names[] = {
+        {&name_poll, "_poll"},         {&name_renew, "_renew"}, {&name_error, "_error"}, {&name_refuse, "_refuse"},
+        {&name_allocate, "_allocate"}, {&name_dtype, "dtype"},  {&name_str, "str"},      {&name_at_ns, "at_ns"},
+    };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (*names[i].where == NULL && (*names[i].where = PyUnicode_InternFromString(names[i].text)) == NULL) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- life cycle */
+
+void
+link_reset(Transfer *op)
+{
+    if (op->has_view) {
+        op->has_view = 0;
+        PyBuffer_Release(&op->view);
+    }
+    op->is_active = op->is_begun = 0;
+    Py_CLEAR(op->array);
+}
+
+void
+link_close(LinkEnd *end)
+{
+    link_reset(&end->op);
+    if (end->is_open) {
+        end->is_open = 0;
+        PyBuffer_Release(&end->own);
+        PyBuffer_Release(&end->peer);
+    }
+}
+
+void
+link_dealloc(PyObject *self)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    link_close(end);
+    Py_CLEAR(end->dtype);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int
+check_range(const char *name, unsigned long long offset, unsigned long long size, Py_ssize_t length, unsigned align)
+{
+    if (offset > (unsigned long long)length || size > (unsigned long long)length - offset || offset % align != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: %llu + %llu is outside %zd bytes or not aligned to %u", name, offset, size,
+                     length, align);
+        return -1;
+    }
+    return 0;
+}
+
+/* Continue where this incarnation's own last write to the other side left off; at 0 on a fresh link. */
+static void
+resume(LinkEnd *end, int is_sender)
+{
+    uint64_t words[CELL_WORDS];
+    end->position = end->other = end->last_end = end->last_event = 0;
+    end->num_drops = end->num_drops_seen = end->num_writes = end->num_unpublished = 0;
+    end->in_word = end->in_w1 = end->in_w2 = 0;
+    if (load_cell(end->out_cell, words) && (words[0] & ~COUNTER_MASK) == end->out_stamp) {
+        end->num_writes = words[0] & COUNTER_MASK;
+        end->position = words[3];
+        if (!is_sender) {
+            end->last_event = words[1];
+            end->last_end = words[2] & END_MASK;
+            end->num_drops = words[2] >> END_BITS;
+        }
+    }
+    end->other = is_sender ? 0 : end->position;
+    end->slot = end->slots + end->position % end->num_slots * end->stride;
+}
+
+int
+link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
+{
+    static char *names[] = {"own",       "peer",          "ring_offset", "num_slots",   "slot_bytes",
+                            "out_cell",  "in_cell",       "own_bell",    "peer_bell",   "incarnation",
+                            "peer_incarnation", "own_app", "peer_app",   "pull_bytes_min", "message_bytes_max",
+                            "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   NULL};
+    PyObject *own, *peer;
+    unsigned long long ring, num_slots, slot_bytes, out_cell, in_cell, own_bell, peer_bell, mine, theirs;
+    unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max;
+    long long poll_ns, yield_ns;
+    int pause_rounds, may_sleep;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKLiLp", names, &own, &peer, &ring, &num_slots,
+                                     &slot_bytes, &out_cell, &in_cell, &own_bell, &peer_bell, &mine, &theirs, &own_low,
+                                     &own_high, &peer_low, &peer_high, &pull_min, &message_max, &poll_ns, &pause_rounds,
+                                     &yield_ns, &may_sleep)) {
+        return -1;
+    }
+    if (end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it is in use");
+        return -1;
+    }
+    if (num_slots < 1 || num_slots > NUM_SLOTS_MAX || slot_bytes < SLOT_BYTES_MIN || slot_bytes > SLOT_BYTES_MAX ||
+        poll_ns < 1 || yield_ns < 0 || pause_rounds < 0 || message_max > PY_SSIZE_T_MAX) {
+        PyErr_Format(PyExc_ValueError, "link: %llu slots of %llu bytes, poll %lld, yield %lld, pause %d", num_slots,
+                     slot_bytes, poll_ns, yield_ns, pause_rounds);
+        return -1;
+    }
+    Py_buffer own_view, peer_view;
+    if (PyObject_GetBuffer(own, &own_view, PyBUF_WRITABLE) < 0) {
+        return -1;
+    }
+    if (PyObject_GetBuffer(peer, &peer_view, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&own_view);
+        return -1;
+    }
+    Py_buffer *ring_view = is_sender ? &peer_view : &own_view;
+    uint64_t stride = RECORD_BYTES + (slot_bytes + 63) / 64 * 64;
+    if (check_range("ring", ring, SLOTS_OFFSET + num_slots * stride, ring_view->len, 8) < 0 ||
+        check_range("out_cell", out_cell, CELL_BYTES, peer_view.len, CELL_BYTES) < 0 ||
+        check_range("in_cell", in_cell, CELL_BYTES, own_view.len, CELL_BYTES) < 0 ||
+        check_range("own_bell", own_bell, 8, own_view.len, 8) < 0 ||
+        check_range("peer_bell", peer_bell, 8, peer_view.len, 8) < 0 || own_low > own_high || peer_low > peer_high ||
+        check_range("own_app", own_low, own_high - own_low, own_view.len, 1) < 0 ||
+        check_range("peer_app", peer_low, peer_high - peer_low, peer_view.len, 1) < 0) {
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_ValueError, "link: an app area ends before it begins");
+        }
+        PyBuffer_Release(&peer_view);
+        PyBuffer_Release(&own_view);
+        return -1;
+    }
+    link_close(end);
+    end->own = own_view;
+    end->peer = peer_view;
+    end->ring_offset = ring;
+    end->slots = (char *)ring_view->buf + ring + SLOTS_OFFSET;
+    end->num_slots = num_slots;
+    end->slot_bytes = slot_bytes;
+    end->stride = stride;
+    end->out_cell = (uint64_t *)((char *)peer_view.buf + out_cell);
+    end->in_cell = (const uint64_t *)((char *)own_view.buf + in_cell);
+    end->own_bell = (uint32_t *)((char *)own_view.buf + own_bell);
+    end->peer_bell = (uint32_t *)((char *)peer_view.buf + peer_bell);
+    end->out_stamp = (uint64_t)mine << COUNTER_BITS;
+    end->in_stamp = (uint64_t)theirs << COUNTER_BITS;
+    end->own_low = own_low;
+    end->own_high = own_high;
+    end->peer_low = peer_low;
+    end->peer_high = peer_high;
+    end->pull_bytes_min = pull_min;
+    end->message_bytes_max = message_max;
+    end->poll_ns = poll_ns;
+    end->pause_rounds = pause_rounds;
+    end->yield_ns = yield_ns;
+    end->may_sleep = may_sleep;
+    end->pause = end->long_pause = end->yield = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->is_open = 1;
+    resume(end, is_sender);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- hooks */
+
+PyObject *
+link_call(LinkEnd *end, PyObject *name, PyObject *argument, PyObject *second)
+{
+    if (argument == NULL) {
+        return NULL;
+    }
+    return PyObject_CallMethodObjArgs((PyObject *)end, name, argument, second, NULL);
+}
+
+/* Raise what `_error(kind, text, event_id)` returns. Always -1. */
+int
+link_error(LinkEnd *end, int kind, uint64_t event_id, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    PyObject *text = PyUnicode_FromFormatV(format, arguments);
+    va_end(arguments);
+    if (text == NULL) {
+        return -1;
+    }
+    PyObject *number = PyLong_FromLong(kind), *event = PyLong_FromUnsignedLongLong(event_id), *error = NULL;
+    if (number != NULL && event != NULL) {
+        error = PyObject_CallMethodObjArgs((PyObject *)end, name_error, number, text, event, NULL);
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(event);
+    Py_DECREF(text);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    return -1;
+}
+
+#define RENEW_TRIES 8 /* a newer incarnation may become known while the link is being opened */
+
+/* Begin a call: one thread at a time, on the newest incarnation. On 0 the caller must clear `is_busy`. */
+int
+link_enter(LinkEnd *end, uint64_t event_id, PyObject *deadline)
+{
+    if (end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: another thread uses it");
+        return -1;
+    }
+    for (int tries = 0; (end->is_retired || !end->is_open) && tries < RENEW_TRIES; tries++) {
+        PyObject *event = PyLong_FromUnsignedLongLong(event_id);
+        PyObject *done = link_call(end, name_renew, event, deadline);
+        Py_XDECREF(event);
+        if (done == NULL) {
+            return -1;
+        }
+        Py_DECREF(done);
+    }
+    if (end->is_busy || !end->is_open) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it was not opened");
+        return -1;
+    }
+    end->is_busy = 1;
+    return 0;
+}
+
+int
+link_deadline(PyObject *object, int64_t *out)
+{
+    PyObject *value = PyObject_GetAttr(object, name_at_ns);
+    if (value == NULL) {
+        return -1;
+    }
+    long long at = PyLong_AsLongLong(value);
+    Py_DECREF(value);
+    if (at == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    *out = at < 0 ? 0 : at;
+    return 0;
+}
+
+/* The array's dtype as NumPy writes it ("<f4"), NUL-padded to 4 characters; remembered by identity. */
+int
+link_dtype_code(LinkEnd *end, PyObject *array, char *code)
+{
+    PyObject *dtype = PyObject_GetAttr(array, name_dtype);
+    if (dtype == NULL) {
+        return -1;
+    }
+    if (dtype == end->dtype) {
+        Py_DECREF(dtype);
+        memcpy(code, end->dtype_code, 4);
+        return 0;
+    }
+    PyObject *name = PyObject_GetAttr(dtype, name_str);
+    Py_ssize_t length = 0;
+    const char *text = name == NULL ? NULL : PyUnicode_AsUTF8AndSize(name, &length);
+    if (text == NULL) {
+        Py_XDECREF(name);
+        Py_DECREF(dtype);
+        return -1;
+    }
+    int is_plain = length >= 3 && length <= 4 && strchr("<>|=", text[0]) && strchr("biufc", text[1]);
+    for (Py_ssize_t i = 2; i < length; i++) {
+        is_plain = is_plain && text[i] >= '0' && text[i] <= '9';
+    }
+    if (!is_plain) {
+        PyErr_Format(PyExc_ValueError, "array: dtype %S must match [<>|=][biufc][0-9]{1,2}", dtype);
+    }
+    else {
+        memset(code, 0, 4);
+        memcpy(code, text, (size_t)length);
+        memcpy(end->dtype_code, code, 4);
+        Py_XSETREF(end->dtype, Py_NewRef(dtype));
+    }
+    Py_DECREF(name);
+    Py_DECREF(dtype);
+    return is_plain ? 0 : -1;
+}
+
+/* Copy between a private buffer and a segment; long copies release the GIL. */
+void
+link_copy(char *dst, const char *src, uint64_t size)
+{
+    if (size < GIL_COPY_BYTES) {
+        copy_bytes(dst, src, (Py_ssize_t)size);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    copy_bytes(dst, src, (Py_ssize_t)size);
+    Py_END_ALLOW_THREADS
+}
+
+/* ---------------------------------------------------------------- methods of both */
+
+PyObject *
+link_abandon_method(PyObject *self, PyObject *unused)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    if (end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: another thread uses it");
+        return NULL;
+    }
+    int was_active = end->op.is_active;
+    link_reset(&end->op);
+    return PyBool_FromLong(was_active);
+}
+
+PyObject *
+link_close_method(PyObject *self, PyObject *unused)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    if (end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: another thread uses it");
+        return NULL;
+    }
+    link_close(end);
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------- cells */
+
+/* Read the cell that the other side writes. 1: it is newer than the last one read; 0: it is not. */
+int
+link_refresh(LinkEnd *end)
+{
+    uint64_t words[CELL_WORDS];
+    if (!has_news(end) || !load_cell(end->in_cell, words) || (words[0] & ~COUNTER_MASK) != end->in_stamp) {
+        return 0;
+    }
+    end->in_word = words[0];
+    end->in_w1 = words[1];
+    end->in_w2 = words[2];
+    end->other = words[3];
+    return 1;
+}
+
+/* Forget what the cell said, since it is impossible; it will be read, and refused, again. */
+void
+link_refuse(LinkEnd *end, uint64_t before)
+{
+    end->other = before;
+    end->in_word = end->in_w1 = end->in_w2 = 0;
+}
+
+/* Write the own cell in the peer's segment, then ring the peer. */
+int
+link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
+{
+    end->num_writes++;
+    uint64_t words[CELL_WORDS] = {end->out_stamp | (end->num_writes & COUNTER_MASK), w1, w2, w3};
+    store_cell(end->out_cell, words);
+    FAULT(end, 4);
+    int failed;
+    ring_bell(end->peer_bell, &failed);
+    FAULT(end, 5);
+    if (failed) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- waiting */
+
+static void
+learn(const LinkEnd *end, Habit *habit, int won)
+{
+    if (won) {
+        habit->score += (SCORE_MAX - habit->score) / 8;
+        habit->interval = PROBE_MIN;
+        return;
+    }
+    habit->score -= habit->score / 8;
+    if (habit->score < SCORE_LOW) {
+        habit->probe_at = end->num_waits + habit->interval;
+        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
+    }
+}
+
+static inline int
+pays(const LinkEnd *end, const Habit *habit)
+{
+    return habit->score >= SCORE_LOW || end->num_waits >= habit->probe_at;
+}
+
+/* Poll without giving the core away: wins when the peer runs on another core and is quick. */
+static int
+pause_for_news(LinkEnd *end, int rounds, Habit *habit)
+{
+    if (rounds == 0 || !pays(end, habit)) {
+        return 0;
+    }
+    for (int round = 0; round < rounds; round++) {
+        if (has_news(end)) {
+            end->num_pause_wins++;
+            learn(end, habit, 1);
+            return 1;
+        }
+        cpu_relax();
+    }
+    learn(end, habit, 0);
+    return 0;
+}
+
+/* Poll and give the core away between polls. A yield that was answered late means that others want the core:
+ * that counts as lost, even if news came meanwhile. The GIL is released. */
+static int
+yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
+{
+    if (end->yield_ns == 0 || (end->may_sleep && !pays(end, &end->yield))) {
+        return 0;
+    }
+    int64_t until = deadline_after(start, end->yield_ns);
+    until = until < deadline ? until : deadline;
+    for (;;) {
+        if (has_news(end)) {
+            int won = now_ns() <= until;
+            end->num_yield_wins += (unsigned)won;
+            learn(end, &end->yield, won);
+            return 1;
+        }
+        if (now_ns() >= until) {
+            learn(end, &end->yield, 0);
+            return 0;
+        }
+        if (end->may_sleep || end->pause_rounds == 0) {
+            sched_yield();
+        }
+        else {
+            cpu_relax();
+        }
+    }
+}
+
+/* Sleep on the own doorbell until news, `until`, or a signal. 1 news; 0 none yet; -1 errno. The GIL is released. */
+static int
+sleep_for_news(LinkEnd *end, int64_t until)
+{
+    struct timespec time = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
+    uint32_t *bell = end->own_bell;
+    int outcome = 0;
+    uint32_t seen = __atomic_load_n(&bell[0], __ATOMIC_ACQUIRE); /* SYNC: word */
+    if (has_news(end)) {
+        return 1;
+    }
+    end->num_sleeps++;
+    __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+    if (__atomic_load_n(&bell[0], __ATOMIC_SEQ_CST) == seen && /* SYNC: doorbell */
+        syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seen, &time, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
+        errno != EAGAIN && errno != ETIMEDOUT) {
+        outcome = -1;
+    }
+    int error = errno;
+    __atomic_fetch_sub(&bell[1], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
+    errno = error;
+    return outcome < 0 ? outcome : has_news(end);
+}
+
+/* Look whether the peer lives. 0: it does; 1: it does not, but there is news; -1: a Python error is set. */
+static int
+poll_peer(LinkEnd *end, uint64_t event_id)
+{
+    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
+    PyObject *error = link_call(end, name_poll, event, NULL);
+    Py_XDECREF(event);
+    if (error == NULL) {
+        return -1;
+    }
+    int outcome = 0;
+    if (error != Py_None) {
+        outcome = has_news(end) ? 1 : -1; /* what it published before it died is still found */
+        if (outcome < 0) {
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        }
+    }
+    Py_DECREF(error);
+    return outcome;
+}
+
+/* Wait until the other side writes its cell. 1: it has; 0: `deadline` passed; -1: a Python error is set. */
+int
+link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
+{
+    end->num_waits++;
+    if (pause_for_news(end, end->pause_rounds, &end->pause)) {
+        return 1; /* so short that the GIL was kept */
+    }
+    PyThreadState *state = PyEval_SaveThread();
+    if (pause_for_news(end, LONG_PAUSE * end->pause_rounds, &end->long_pause)) {
+        PyEval_RestoreThread(state);
+        return 1;
+    }
+    int64_t start = now_ns(), poll_at = deadline_after(start, end->poll_ns);
+    int outcome = yield_for_news(end, start, end->may_sleep ? deadline : poll_at);
+    while (outcome == 0) {
+        int64_t now = now_ns();
+        if (now >= deadline) {
+            outcome = has_news(end);
+            break;
+        }
+        if (now >= poll_at) {
+            PyEval_RestoreThread(state);
+            outcome = poll_peer(end, event_id);
+            if (outcome != 0) {
+                return outcome;
+            }
+            poll_at = deadline_after(now_ns(), end->poll_ns);
+            state = PyEval_SaveThread();
+            continue;
+        }
+        int64_t until = deadline < poll_at ? deadline : poll_at;
+        outcome = end->may_sleep ? sleep_for_news(end, until) : yield_for_news(end, now, until);
+        if (outcome < 0) {
+            int error = errno;
+            PyEval_RestoreThread(state);
+            errno = error;
+            if (error != EINTR) {
+                PyErr_SetFromErrno(PyExc_OSError);
+                return -1;
+            }
+            if (PyErr_CheckSignals() < 0) {
+                return -1;
+            }
+            state = PyEval_SaveThread();
+            outcome = 0;
+        }
+    }
+    PyEval_RestoreThread(state);
+    return outcome;
+}

@@ -1,0 +1,160 @@
+/* The two ends of a point-to-point link; what they share. The protocol is in bus/README.md, "Point-to-point".
+ *
+ * An end holds exports of both segments, so neither mapping can go while it lives. Everything that a peer can
+ * write is copied once, checked, and used from the copy; addresses come from bounds fixed at `open`.
+ */
+#ifndef XDS_NATIVE_LINK_H
+#define XDS_NATIVE_LINK_H
+
+#include "_native.h"
+
+#define RECORD_BYTES 64
+#define SLOTS_OFFSET 256
+#define NUM_SLOTS_MAX (1u << 20)
+#define SLOT_BYTES_MIN 128
+#define SLOT_BYTES_MAX (1u << 30)
+#define COUNTER_BITS 40
+#define COUNTER_MASK ((1ULL << COUNTER_BITS) - 1)
+#define END_BITS 48
+#define END_MASK ((1ULL << END_BITS) - 1)
+#define TAG_DIMS 4
+#define NUM_DIMS_MAX 8
+#define EXTENSION_BYTES 64
+#define PULL_BYTES 8
+#define NUM_PARTS_MAX 65535
+
+enum { KIND_INLINE = 1, KIND_PULL = 2, KIND_PUT = 3 };
+enum { STALLED = 0, CORRUPT = 1, MISMATCH = 2 }; /* kinds of error, see `_error` of bus/xccl/channel.py */
+
+typedef struct {
+    char dtype[4];
+    uint8_t num_dims;
+    uint8_t kind;
+    uint16_t num_more; /* parts of this message that follow */
+    uint64_t shape[TAG_DIMS];
+} Tag;
+
+typedef struct {
+    uint64_t position;
+    uint32_t num_bytes;
+    uint32_t chunk_id;
+    uint64_t event_id;
+    Tag tag;
+} Record;
+
+_Static_assert(sizeof(Tag) == 40 && sizeof(Record) == RECORD_BYTES, "a record fills its line");
+
+/* The message, or part of one, that an end is working on. */
+typedef struct {
+    int is_active;   /* a message is under way */
+    int has_view;    /* `view` is held; a receiver takes it before it waits */
+    char code[4];    /* receiver: dtype of `view` */
+    int is_begun;    /* receiver: the first record was accepted */
+    Py_buffer view;
+    PyObject *array; /* receiver: what to return */
+    Tag tag;
+    uint64_t rest[NUM_DIMS_MAX]; /* dimensions 4..7, then zeros: the extension */
+    uint64_t event_id;
+    uint64_t num_bytes;
+    uint64_t num_done;
+    uint64_t offset; /* KIND_PULL, KIND_PUT: where the bytes lie in a segment */
+    uint32_t chunk_id;
+} Transfer;
+
+/* What an end has learned about one way of polling. */
+typedef struct {
+    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
+    uint32_t interval; /* waits between two probes while the score is low */
+    uint64_t probe_at; /* the wait that probes next */
+} Habit;
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer own, peer;
+    int is_open, is_busy;
+    char is_retired; /* a newer incarnation of the peer is known: open again before the next message */
+    char *slots;
+    char *slot; /* that of `position` */
+    uint64_t num_slots, slot_bytes, stride;
+    uint64_t ring_offset;
+    uint64_t *out_cell;
+    const uint64_t *in_cell;
+    uint32_t *own_bell, *peer_bell;
+    uint64_t own_low, own_high, peer_low, peer_high; /* app areas: offsets in `own` and `peer` */
+    uint64_t out_stamp, in_stamp;                    /* incarnation tags, shifted */
+    uint64_t num_writes;
+    uint64_t in_word, in_w1, in_w2;
+    unsigned long long position; /* sender: tail; receiver: head */
+    unsigned long long other;    /* the last seen position of the other side */
+    unsigned long long last_end; /* receiver: tail at the end of the last message taken */
+    unsigned long long last_event;
+    unsigned long long num_drops, num_drops_seen;
+    uint64_t num_unpublished;
+    uint64_t pull_bytes_min, message_bytes_max;
+    uint32_t next_chunk;
+    Transfer op;
+    /* waiting */
+    int64_t poll_ns, yield_ns;
+    int pause_rounds, may_sleep;
+    Habit pause, long_pause, yield;
+    PyObject *dtype; /* the last one seen, and its code */
+    char dtype_code[4];
+    /* counters */
+    unsigned long long num_messages, num_bytes, num_chunks, num_pulled;
+    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps;
+#ifdef XDS_FAULT_POINTS
+    int fault_point;
+#endif
+} LinkEnd;
+
+/* Points at which a test build kills the process: 1 claimed, 2 copied, 3 recorded, 4 published, 5 rung. */
+#ifdef XDS_FAULT_POINTS
+#include <signal.h>
+#define FAULT(end, point) ((end)->fault_point == (point) ? (void)raise(SIGKILL) : (void)0)
+#else
+#define FAULT(end, point) ((void)0)
+#endif
+
+#define HIDDEN __attribute__((visibility("hidden")))
+
+HIDDEN int link_init_names(void);
+HIDDEN void link_dealloc(PyObject *self);
+HIDDEN int link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender);
+HIDDEN void link_close(LinkEnd *end);
+HIDDEN int link_enter(LinkEnd *end, uint64_t event_id, PyObject *deadline);
+HIDDEN int link_refresh(LinkEnd *end);
+HIDDEN void link_refuse(LinkEnd *end, uint64_t before);
+HIDDEN int link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3);
+HIDDEN int link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline);
+HIDDEN int link_deadline(PyObject *object, int64_t *out);
+HIDDEN int link_dtype_code(LinkEnd *end, PyObject *array, char *code);
+HIDDEN void link_copy(char *dst, const char *src, uint64_t size);
+HIDDEN void link_reset(Transfer *op);
+HIDDEN int link_error(LinkEnd *end, int kind, uint64_t event_id, const char *format, ...);
+HIDDEN PyObject *link_abandon_method(PyObject *self, PyObject *unused);
+HIDDEN PyObject *link_close_method(PyObject *self, PyObject *unused);
+HIDDEN PyObject *link_call(LinkEnd *end, PyObject *name, PyObject *argument, PyObject *second);
+
+extern HIDDEN PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
+extern HIDDEN PyType_Spec send_end_spec, recv_end_spec;
+HIDDEN PyObject *bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+static inline void
+next_position(LinkEnd *end)
+{
+    end->position++;
+    end->slot += end->stride;
+    if (end->slot == end->slots + end->num_slots * end->stride) {
+        end->slot = end->slots;
+    }
+}
+
+/* The other side has written its cell since it was last read. */
+static inline int
+has_news(const LinkEnd *end)
+{
+    uint64_t word = __atomic_load_n(&end->in_cell[0], __ATOMIC_ACQUIRE); /* SYNC: cell-whole */
+    return word != end->in_word && word != 0 && (word & ~COUNTER_MASK) == end->in_stamp;
+}
+
+#endif

@@ -1,0 +1,460 @@
+/* The sending end of a link: steps 1-4 and 8 of the paper. See _native_link.h. */
+#include "_native_link.h"
+
+#include <stddef.h>
+#include <structmember.h>
+
+/* ---------------------------------------------------------------- slots */
+
+/* Take over what the receiver has written. -1: a Python error is set. */
+static int
+look_at_ack(LinkEnd *end, uint64_t event_id)
+{
+    uint64_t before = end->other;
+    if (!link_refresh(end)) {
+        return 0;
+    }
+    uint64_t head = end->other, taken = end->in_w2 & END_MASK;
+    if (head > end->position || taken > end->position) {
+        link_refuse(end, before);
+        return link_error(end, CORRUPT, event_id, "ack: head %llu is beyond tail %llu", (unsigned long long)head,
+                          end->position);
+    }
+    if (head < before || end->position - head > end->num_slots) {
+        link_refuse(end, before);
+        return link_error(end, CORRUPT, event_id, "ack: head %llu after %llu does not fit tail %llu and %llu slots",
+                          (unsigned long long)head, (unsigned long long)before, end->position,
+                          (unsigned long long)end->num_slots);
+    }
+    return 0;
+}
+
+static inline int
+is_full(const LinkEnd *end)
+{
+    return end->position - end->other >= end->num_slots;
+}
+
+/* 1: the slot at the tail is free; 0: the ring is full; -1: a Python error is set. */
+static int
+claim(LinkEnd *end, uint64_t event_id)
+{
+    if (is_full(end) && look_at_ack(end, event_id) < 0) {
+        return -1;
+    }
+    return !is_full(end);
+}
+
+/* Publish the slot at the tail. */
+static int
+commit(LinkEnd *end, const Tag *tag, uint32_t num_bytes, uint32_t chunk_id, uint64_t event_id)
+{
+    static const Tag no_tag;
+    Record record = {end->position, num_bytes, chunk_id, event_id, tag == NULL ? no_tag : *tag};
+    FAULT(end, 2);
+    memcpy(end->slot, &record, sizeof record);
+    FAULT(end, 3);
+    next_position(end);
+    end->num_chunks++;
+    return link_publish(end, event_id, chunk_id, end->position); /* SYNC: ring-data */
+}
+
+/* ---------------------------------------------------------------- messages */
+
+/* Prepare `op` for `array`; nothing is written yet. */
+static int
+begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint32_t chunk_id)
+{
+    Transfer *op = &end->op;
+    if (op->is_active) {
+        PyErr_SetString(PyExc_RuntimeError, "link: a message is under way, finish or cancel it first");
+        return -1;
+    }
+    memset(&op->tag, 0, sizeof op->tag);
+    memset(op->rest, 0, sizeof op->rest);
+    if (link_dtype_code(end, array, op->tag.dtype) < 0 ||
+        PyObject_GetBuffer(array, &op->view, PyBUF_ND | PyBUF_C_CONTIGUOUS) < 0) {
+        return -1;
+    }
+    if (op->view.ndim > NUM_DIMS_MAX) {
+        PyErr_Format(PyExc_ValueError, "array: %d dimensions are more than %d", op->view.ndim, NUM_DIMS_MAX);
+        PyBuffer_Release(&op->view);
+        return -1;
+    }
+    op->tag.num_dims = (uint8_t)op->view.ndim;
+    op->tag.kind = KIND_INLINE;
+    op->tag.num_more = (uint16_t)num_more;
+    for (int i = 0; i < op->view.ndim; i++) {
+        *(i < TAG_DIMS ? &op->tag.shape[i] : &op->rest[i - TAG_DIMS]) = (uint64_t)op->view.shape[i];
+    }
+    op->event_id = event_id;
+    op->num_bytes = (uint64_t)op->view.len;
+    op->num_done = 0;
+    op->chunk_id = chunk_id;
+    uint64_t at = (uint64_t)((uintptr_t)op->view.buf - (uintptr_t)end->own.buf);
+    if (op->num_bytes >= end->pull_bytes_min && at >= end->own_low && at <= end->own_high &&
+        op->num_bytes <= end->own_high - at) {
+        op->tag.kind = KIND_PULL;
+        op->offset = at;
+    }
+    op->is_active = op->has_view = 1;
+    op->is_begun = 0;
+    return 0;
+}
+
+/* As link_enter, but an array that cannot travel is refused before the link is opened, which may wait. */
+static int
+enter_with(LinkEnd *end, PyObject *array, uint64_t event_id, PyObject *deadline)
+{
+    if (end->op.is_active && !end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: a message is under way, finish or cancel it first");
+        return -1;
+    }
+    if ((end->is_retired || !end->is_open) && !end->is_busy) {
+        if (begin(end, array, event_id, 0, 0) < 0) {
+            return -1;
+        }
+        link_reset(&end->op);
+    }
+    return link_enter(end, event_id, deadline);
+}
+
+/* Fill the claimed slot with the next chunk and publish it. */
+static int
+push_chunk(LinkEnd *end)
+{
+    Transfer *op = &end->op;
+    int is_first = !op->is_begun;
+    char *payload = end->slot + RECORD_BYTES;
+    uint64_t start = 0, num_bytes = 0;
+    FAULT(end, 1);
+    if (is_first && op->tag.num_dims > TAG_DIMS) {
+        memcpy(payload, op->rest, EXTENSION_BYTES);
+        start = EXTENSION_BYTES;
+    }
+    if (op->tag.kind == KIND_INLINE) {
+        uint64_t left = op->num_bytes - op->num_done;
+        num_bytes = end->slot_bytes - start < left ? end->slot_bytes - start : left;
+        link_copy(payload + start, (const char *)op->view.buf + op->num_done, num_bytes);
+        op->num_done += num_bytes;
+    }
+    else {
+        memcpy(payload + start, &op->offset, PULL_BYTES);
+        num_bytes = PULL_BYTES;
+        op->num_done = op->num_bytes;
+        end->num_pulled++;
+    }
+    op->is_begun = 1;
+    return commit(end, is_first ? &op->tag : NULL, (uint32_t)(start + num_bytes), op->chunk_id++, op->event_id);
+}
+
+/* Push what fits without waiting. 1: the whole message is pushed; 0: the ring is full; -1: error. */
+static int
+advance(LinkEnd *end)
+{
+    Transfer *op = &end->op;
+    while (!op->is_begun || op->num_done < op->num_bytes) {
+        int is_free = claim(end, op->event_id);
+        if (is_free <= 0) {
+            return is_free;
+        }
+        if (push_chunk(end) < 0) {
+            return -1;
+        }
+    }
+    end->num_messages++;
+    end->num_bytes += op->num_bytes;
+    end->next_chunk = op->chunk_id;
+    link_reset(op);
+    return 1;
+}
+
+static int
+push_all(LinkEnd *end, uint64_t event_id, int64_t deadline)
+{
+    int outcome;
+    while ((outcome = advance(end)) == 0) {
+        int news = link_await_news(end, event_id, deadline);
+        if (news == 0) {
+            news = link_error(end, STALLED, event_id, "its ring stayed full");
+        }
+        if (news < 0) {
+            outcome = -1;
+            break;
+        }
+    }
+    link_reset(&end->op);
+    return outcome;
+}
+
+/* 1: the message that ended at `tail` was taken; 0: not yet; -1: it was given up (a Python error is set). */
+static int
+is_taken(LinkEnd *end, uint64_t tail, uint64_t event_id)
+{
+    if (look_at_ack(end, event_id) < 0) {
+        return -1;
+    }
+    uint64_t end_taken = end->in_w2 & END_MASK, num_drops = end->in_w2 >> END_BITS;
+    if (end->other < tail) {
+        return 0;
+    }
+    if (end_taken == tail || (end_taken > tail && num_drops == end->num_drops_seen)) {
+        return 1;
+    }
+    return link_error(end, STALLED, event_id, "it gave the message up half-way");
+}
+
+static int
+await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
+{
+    int outcome;
+    while ((outcome = is_taken(end, tail, event_id)) == 0) {
+        int news = link_await_news(end, event_id, deadline);
+        if (news <= 0) {
+            return news < 0 ? -1 : link_error(end, STALLED, event_id, "it has not acknowledged");
+        }
+    }
+    return outcome;
+}
+
+/* ---------------------------------------------------------------- methods */
+
+static PyObject *
+finish(LinkEnd *end, int outcome)
+{
+    if (end->other == end->position) {
+        end->num_drops_seen = end->in_w2 >> END_BITS; /* nothing is in flight: old drops concern nobody */
+    }
+    end->is_busy = 0;
+    if (outcome < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+send_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t event_id;
+    int64_t deadline;
+    if (check_count("send", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+        link_deadline(args[2], &deadline) < 0 || enter_with(end, args[0], event_id, args[2]) < 0) {
+        return NULL;
+    }
+    int outcome = begin(end, args[0], event_id, 0, 0);
+    if (outcome == 0 && (outcome = push_all(end, event_id, deadline)) == 1) {
+        outcome = await_taken(end, end->position, event_id, deadline);
+    }
+    return finish(end, outcome);
+}
+
+static PyObject *
+send_send_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t event_id, num_more;
+    int64_t deadline;
+    if (check_count("send_part", nargs, 5) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+        link_deadline(args[2], &deadline) < 0 || parse_unsigned(args[3], "num_more", NUM_PARTS_MAX, &num_more) < 0) {
+        return NULL;
+    }
+    int is_first = PyObject_IsTrue(args[4]);
+    if (is_first < 0 || enter_with(end, args[0], event_id, args[2]) < 0) {
+        return NULL;
+    }
+    int outcome = begin(end, args[0], event_id, num_more, is_first ? 0 : end->next_chunk);
+    if (outcome == 0 && (outcome = push_all(end, event_id, deadline)) == 1 && num_more == 0) {
+        outcome = await_taken(end, end->position, event_id, deadline);
+    }
+    return finish(end, outcome);
+}
+
+static PyObject *
+send_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t event_id;
+    if (check_count("start", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+        enter_with(end, args[0], event_id, args[2]) < 0) {
+        return NULL;
+    }
+    return finish(end, begin(end, args[0], event_id, 0, 0));
+}
+
+static PyObject *
+send_advance(PyObject *self, PyObject *unused)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    if (end->is_busy || !end->is_open || !end->op.is_active) {
+        PyErr_SetString(PyExc_RuntimeError, "link: no message is under way, or another thread uses it");
+        return NULL;
+    }
+    end->is_busy = 1;
+    int outcome = advance(end);
+    end->is_busy = 0;
+    return outcome < 0 ? NULL : PyBool_FromLong(outcome);
+}
+
+static PyObject *
+send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t tail, event_id;
+    if (check_count("taken", nargs, 2) < 0 || parse_unsigned(args[0], "tail", END_MASK, &tail) < 0 ||
+        parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0) {
+        return NULL;
+    }
+    if (!end->is_open) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it is closed");
+        return NULL;
+    }
+    int outcome = is_taken(end, tail, event_id);
+    return outcome < 0 ? NULL : PyBool_FromLong(outcome);
+}
+
+static PyObject *
+send_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t event_id;
+    int64_t deadline;
+    if (check_count("wait", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0 ||
+        link_deadline(args[1], &deadline) < 0) {
+        return NULL;
+    }
+    if (end->is_busy || !end->is_open) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it is closed, or another thread uses it");
+        return NULL;
+    }
+    end->is_busy = 1;
+    int news = link_await_news(end, event_id, deadline);
+    end->is_busy = 0;
+    return news < 0 ? NULL : PyBool_FromLong(news);
+}
+
+/* Zero-copy: the offset of the free slot's payload in the peer's segment, or None while the ring is full. */
+static PyObject *
+send_claim(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t event_id;
+    if (check_count("claim", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0) {
+        return NULL;
+    }
+    if (end->op.is_active && !end->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "link: a message is under way, finish or cancel it first");
+        return NULL;
+    }
+    if (link_enter(end, event_id, args[1]) < 0) {
+        return NULL;
+    }
+    int is_free = claim(end, event_id);
+    end->is_busy = 0;
+    if (is_free < 0) {
+        return NULL;
+    }
+    if (is_free == 0) {
+        Py_RETURN_NONE;
+    }
+    return PyLong_FromSize_t((size_t)(end->slot + RECORD_BYTES - (char *)end->peer.buf));
+}
+
+/* Publish the claimed slot as a whole message: commit(tag, num_bytes, event_id). */
+static PyObject *
+send_commit(PyObject *self, PyObject *args)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    Py_buffer tag;
+    unsigned long long num_bytes, event_id;
+    if (!PyArg_ParseTuple(args, "y*KK", &tag, &num_bytes, &event_id)) {
+        return NULL;
+    }
+    int outcome = -1;
+    if (tag.len != sizeof(Tag) || num_bytes > end->slot_bytes) {
+        PyErr_Format(PyExc_ValueError, "commit: %llu bytes in a slot of %llu, tag of %zd bytes", num_bytes,
+                     (unsigned long long)end->slot_bytes, tag.len);
+    }
+    else if (end->is_busy || !end->is_open || end->op.is_active || is_full(end)) {
+        PyErr_SetString(PyExc_RuntimeError, "link: no slot is claimed, or another thread uses it");
+    }
+    else {
+        Tag copy;
+        memcpy(&copy, tag.buf, sizeof copy);
+        outcome = commit(end, &copy, (uint32_t)num_bytes, 0, event_id);
+        end->num_messages += outcome == 0;
+        end->num_bytes += num_bytes;
+    }
+    PyBuffer_Release(&tag);
+    if (outcome < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+send_open(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    if (link_open((LinkEnd *)self, args, kwargs, 1) < 0) {
+        return NULL;
+    }
+    LinkEnd *end = (LinkEnd *)self;
+    if (look_at_ack(end, 0) < 0) {
+        link_close(end);
+        return NULL;
+    }
+    end->num_drops_seen = end->in_w2 >> END_BITS;
+    Py_RETURN_NONE;
+}
+
+#define METHOD(name, function, flags, doc) {name, (PyCFunction)(void (*)(void))function, flags, doc}
+
+static PyMethodDef methods[] = {
+    METHOD("_open", send_open, METH_VARARGS | METH_KEYWORDS, "open(own, peer, *, ...): begin, or begin again."),
+    METHOD("send", send_send, METH_FASTCALL, "send(array, event_id, deadline): send and wait until it was taken."),
+    METHOD("_send_part", send_send_part, METH_FASTCALL, "send_part(array, event_id, deadline, num_more, is_first)."),
+    METHOD("_start", send_start, METH_FASTCALL, "start(array, event_id, deadline): prepare a message."),
+    METHOD("_advance", send_advance, METH_NOARGS, "advance() -> whether the whole message is pushed."),
+    METHOD("_taken", send_taken, METH_FASTCALL, "taken(tail, event_id) -> whether that message was taken."),
+    METHOD("_wait", send_wait, METH_FASTCALL, "wait(event_id, deadline) -> whether the receiver wrote its cell."),
+    METHOD("_claim", send_claim, METH_FASTCALL, "claim(event_id, deadline) -> offset of the free slot's payload, or None."),
+    METHOD("_commit", send_commit, METH_VARARGS, "commit(tag, num_bytes, event_id): publish the claimed slot."),
+    METHOD("_abandon", link_abandon_method, METH_NOARGS, "abandon() -> whether a message was under way."),
+    METHOD("_close", link_close_method, METH_NOARGS, "close(): let the segments go."),
+    {NULL, NULL, 0, NULL},
+};
+
+#define COUNTER(name) {#name, T_ULONGLONG, offsetof(LinkEnd, name), READONLY, NULL}
+
+static PyMemberDef members[] = {
+    {"tail", T_ULONGLONG, offsetof(LinkEnd, position), READONLY, "One past the last pushed slot."},
+    {"slot_bytes", T_ULONGLONG, offsetof(LinkEnd, slot_bytes), READONLY, "Payload of a slot."},
+    {"is_retired", T_BOOL, offsetof(LinkEnd, is_retired), 0, "Open again before the next message."},
+    COUNTER(num_messages),
+    COUNTER(num_bytes),
+    COUNTER(num_chunks),
+    COUNTER(num_pulled),
+    COUNTER(num_waits),
+    COUNTER(num_pause_wins),
+    COUNTER(num_yield_wins),
+    COUNTER(num_sleeps),
+#ifdef XDS_FAULT_POINTS
+    {"fault_point", T_INT, offsetof(LinkEnd, fault_point), 0, "Where to die."},
+#endif
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_dealloc, link_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {Py_tp_doc, "The sending end of a point-to-point link."},
+    {0, NULL},
+};
+
+PyType_Spec send_end_spec = {
+    .name = "bus.memory._native.SendEnd",
+    .basicsize = sizeof(LinkEnd),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = slots,
+};

@@ -1,0 +1,120 @@
+"""Which way an A2E/E2A exchange goes: directly to every expert rank, or through a trampoline. Pure.
+
+Theory. The direct way costs the attention rank one metadata write, and one answer to look at, per expert rank that it
+needs; the trampoline costs it one of each, and in return two more hops and one more copy of every byte each
+way. Both are close to
+
+    time = fixed + per_target * expert ranks + per_byte * bytes moved
+
+so three numbers per way, fitted to measurements on the machine at hand, decide. On the paper's hardware the
+writer of metadata is a weak scalar unit, so per_target is large and trampolines win at 288 targets; on a CPU
+they may never.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+
+class Route(enum.Enum):
+    """The way of an exchange."""
+
+    DIRECT = "direct"
+    TRAMPOLINE = "trampoline"
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCost:
+    """Coefficients of one way, in nanoseconds; none is negative."""
+
+    fixed_ns: float
+    per_target_ns: float
+    per_byte_ns: float
+
+    def estimate_ns(self, num_targets: int, num_bytes: int) -> float:
+        """Return the expected duration of an exchange with `num_targets` expert ranks and `num_bytes` both ways."""
+        return self.fixed_ns + self.per_target_ns * num_targets + self.per_byte_ns * num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured exchange."""
+
+    num_targets: int
+    num_bytes: int
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostRule:
+    """Picks the way that is expected to be faster; the direct one when they are equal."""
+
+    direct: RouteCost
+    trampoline: RouteCost
+
+    def choose(self, num_targets: int, num_bytes: int) -> Route:
+        """Return the way for an exchange with `num_targets` expert ranks and `num_bytes` both ways."""
+        direct_ns = self.direct.estimate_ns(num_targets, num_bytes)
+        if self.trampoline.estimate_ns(num_targets, num_bytes) < direct_ns:
+            return Route.TRAMPOLINE
+        return Route.DIRECT
+
+
+# What the direct way and a trampoline cost where nothing was measured: always direct.
+UNMEASURED = CostRule(RouteCost(0.0, 0.0, 0.0), RouteCost(1.0, 0.0, 0.0))
+
+
+def fit(samples: Sequence[Sample]) -> RouteCost:
+    """Return the coefficients that fit `samples` with the least relative error, none of them negative.
+
+    Raises:
+        ValueError: fewer than three samples, or one without duration.
+    """
+    if len(samples) < 3 or any(s.duration_ns <= 0 for s in samples):
+        raise ValueError(f"samples: {len(samples)} must be at least 3, each with a positive duration")
+    measured = np.array([s.duration_ns for s in samples], np.float64)
+    columns = np.array([(1.0, s.num_targets, s.num_bytes) for s in samples]) / measured[:, None]
+    kept = [0, 1, 2]
+    while True:
+        found = np.linalg.lstsq(columns[:, kept], np.ones(len(samples)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        kept.remove(kept[int(np.argmin(found))])
+        if not kept:
+            return RouteCost(float(measured.mean()), 0.0, 0.0)
+    values = [0.0, 0.0, 0.0]
+    for column, value in zip(kept, found, strict=True):
+        values[column] = float(value)
+    return RouteCost(*values)
+
+
+def calibrate(
+    run: Callable[[Route, int, int], int],
+    targets: Iterable[int],
+    num_bytes: Iterable[int],
+    *,
+    repeats: int = 9,
+) -> CostRule:
+    """Measure both ways on a grid and return the rule.
+
+    Args:
+        run: (way, expert ranks, bytes both ways) -> duration of one exchange, ns.
+        targets, num_bytes: the grid; repeats: of each point, of which the median counts. The two ways alternate, so
+        that a disturbance hits both.
+    """
+    sizes = list(num_bytes)
+    samples: dict[Route, list[Sample]] = {route: [] for route in Route}
+    for count in targets:
+        for size in sizes:
+            durations: dict[Route, list[int]] = {route: [] for route in Route}
+            for _ in range(repeats):
+                for route in Route:
+                    durations[route].append(run(route, count, size))
+            for route in Route:
+                samples[route].append(Sample(count, size, int(median(durations[route]))))
+    return CostRule(fit(samples[Route.DIRECT]), fit(samples[Route.TRAMPOLINE]))

@@ -1,0 +1,120 @@
+"""The row functions of the extension: what they do, and that nothing out of bounds is ever touched."""
+
+from __future__ import annotations
+
+import mmap
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bus.memory import _collectives, _native
+from bus.xccl.dispatch_layout import DispatchShape
+
+SHAPE = DispatchShape(num_ranks=2, max_tokens=3, top_k=2, hidden=4, num_local_experts=2)
+NATIVE_SHAPE = (0, 2, 3, 2, 4, 2, 1, False)
+ERRORS = (ValueError, IndexError, TypeError, LookupError, RuntimeError, OverflowError, BufferError)
+
+
+def make_exchange() -> tuple[_collectives.Exchange, bytearray, bytearray]:
+    layout = SHAPE.layout()
+    exchange = _collectives.Exchange(NATIVE_SHAPE, SHAPE.offsets(), 0)
+    segments = bytearray(layout.total_bytes), bytearray(layout.total_bytes)
+    for rank, segment in enumerate(segments):
+        exchange.set_peer(rank, segment, 1, layout.cells_offset, layout.managed_offset)
+    return exchange, *segments
+
+
+def test_partition_is_stable_and_leaves_out_the_negative() -> None:
+    group = np.array([2, 0, -1, 2, 0], np.int32)
+    order, starts = np.full(5, 99, np.int32), np.empty(4, np.int32)
+    assert _collectives.partition(group, 3, order, starts) == 4
+    assert order.tolist() == [1, 4, 0, 3, 99] and starts.tolist() == [0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("width", [1, 4, 127, 128, 129, 4096, 8192])
+@pytest.mark.parametrize("phase", [0, 16, 2032, 4080])
+def test_rows_are_scattered_and_gathered_whole(width: int, phase: int) -> None:
+    rng = np.random.default_rng(width)
+    src = rng.integers(0, 255, (5, width), np.uint8)
+    room = np.zeros(5 * width + 8192, np.uint8)
+    dst = room[phase : phase + 5 * width].reshape(5, width)
+    index = np.array([4, 0, 3, 1, 2], np.int32)
+    _collectives.scatter_rows(dst, index, src, width)
+    assert np.array_equal(dst[index], src) and room[phase + 5 * width :].max() == 0
+    _collectives.gather_rows(dst, index, src, width)
+    assert np.array_equal(dst, src[index]) and room[:phase].max(initial=0) == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("move", [_collectives.scatter_rows, _collectives.gather_rows])
+def test_rows_outside_are_refused(move: Callable[..., None], bad: int) -> None:
+    dst, index = np.zeros((5, 8), np.uint8), np.array([0, bad], np.int32)
+    with pytest.raises(IndexError, match="index: row"):
+        move(dst, index, np.ones((5, 8), np.uint8), 8)
+    assert not dst.any()
+
+
+def test_a_scan_returns_what_was_written_since() -> None:
+    buf, seen, at = mmap.mmap(-1, 4096), np.zeros(3, np.uint64), 128
+    _native.write_cell(buf, at + 64, 7, 1, 2, 2**64 - 1)
+    assert _collectives.scan_cells(buf, at, 3, seen) == [(1, 7, 1, 2, 2**64 - 1)]
+    assert _collectives.scan_cells(buf, at, 3, seen) == []
+    with pytest.raises(ValueError, match="too few"):
+        _collectives.scan_cells(buf, at, 100, seen)
+    with pytest.raises(ValueError, match="not aligned"):
+        _collectives.scan_cells(buf, at + 8, 1, seen)
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_offsets_that_leave_the_block_are_refused(place: int) -> None:
+    offsets = list(SHAPE.offsets())
+    offsets[place] = 64 if place == 0 else offsets[0]
+    with pytest.raises(ValueError, match="leaves the block"):
+        _collectives.Exchange(NATIVE_SHAPE, tuple(offsets), 0)
+
+
+def test_a_segment_that_is_too_small_is_refused() -> None:
+    exchange, segment, _ = make_exchange()
+    layout = SHAPE.layout()
+    with pytest.raises(ValueError, match="do not fit its segment"):
+        exchange.set_peer(1, segment[:-4096], 1, layout.cells_offset, layout.managed_offset)
+
+
+def test_a_rank_that_is_not_connected_is_named() -> None:
+    exchange, _, _ = make_exchange()
+    exchange.drop_peer(1)
+    with pytest.raises(LookupError, match="rank 1 is not connected"):
+        exchange.notify(0, 0, 1, 0, np.zeros(5, np.int32), np.zeros(4, np.uint64))
+
+
+def test_no_segment_content_makes_a_call_touch_what_it_should_not() -> None:
+    """Fuzz: random words in the peers' segments and in the arguments. Errors are fine, crashes are not."""
+    rng = random.Random(11)
+    exchange, own, peer = make_exchange()
+    words = [0, 1, 2, 3, 5, 6, 7, -1, -2, 2**31 - 1, -(2**31), 1 << 16]
+    extents = [0, 1, 6, 7, 1 << 32, 3 << 32 | 3, 2**64 - 1, 2**63, 12]
+    for _ in range(4_000):
+        for segment in (own, peer):
+            view = np.frombuffer(segment, np.int32)
+            for _ in range(rng.randrange(8)):
+                view[rng.randrange(1024, len(view))] = rng.choice(words)
+        starts = np.array([rng.choice(words) for _ in range(5)], np.int32)
+        topk = np.array([rng.choice(words) for _ in range(6)], np.int32)
+        found = np.array([rng.choice(extents) for _ in range(4)], np.uint64)
+        x, out = np.zeros(12, np.float32), np.zeros(24 * 4, np.float32)
+        state, tokens = bytearray(b"\1\1"), rng.randrange(-1, 6)
+        calls: list[Callable[[], Any]] = [
+            lambda: exchange.stage(0, tokens, x, topk, topk.copy(), starts, topk.copy()),  # noqa: B023
+            lambda: exchange.wait(0, rng.random() < 0.5, rng.choice(extents), state, found, 0),  # noqa: B023
+            lambda: exchange.pull(0, found, out, np.zeros(2, np.int32)),  # noqa: B023
+            lambda: exchange.answer(0, 1, rng.randrange(30), out, found, starts, state),  # noqa: B023
+            lambda: exchange.reduce(0, tokens, topk, topk, starts, found, x, out),  # noqa: B023
+            lambda: exchange.notify(0, rng.randrange(4), 1, tokens, starts, found),  # noqa: B023
+        ]
+        try:
+            rng.choice(calls)()
+        except ERRORS:
+            continue
