@@ -1,4 +1,4 @@
-"""The hot loop of an expert worker: a thread that never touches asyncio (the paper's persistent kernel, section 5.2).
+"""The hot loop of an expert worker: a thread that never touches asyncio (the paper's persistent kernel, section 5).
 
 Life of an exchange: the doorbell rings; `poll` finds the cells that changed; pairs are grouped by (layer, expert);
 each group's rows are gathered straight from the senders' segments, multiplied, and written into this rank's own y
