@@ -65,7 +65,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 class HeartbeatConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Liveness."""
 
-    interval_ms: int = 250  # between heartbeats that have news
+    interval_ms: int = 500  # between heartbeats that have news
     hang_timeout_ms: int = 5_000  # silence after which a living process counts as hung
     lock_poll_interval_ms: int = 250  # how often the manager looks at owner locks
 

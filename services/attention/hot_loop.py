@@ -17,7 +17,7 @@ from bus.control.sockets import SyncDealer
 from bus.memory.segment import Segment
 from services.attention.executor import ExpertsAway, StepAbandoned, StepExecutor
 
-IDLE_POLL_MS = 250
+IDLE_POLL_MS = 500
 SEND_TIMEOUT_MS = 1_000
 
 

@@ -89,7 +89,12 @@ def oracle_bits(model: ReferenceModel, prompt: list[int], output: list[int]) -> 
 
 async def compare(url: str, cases: list[Case], model: ReferenceModel) -> list[str]:
     """Return what differs between the pod, transformers and the oracle."""
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
+        return await compare_with(client, cases, model)
+
+
+async def compare_with(client: openai.AsyncOpenAI, cases: list[Case], model: ReferenceModel) -> list[str]:
+    """Ask through one client; see `compare`."""
     alone = [await ask(client, p, len(t)) for p, t in cases]
     crowd = [cases[i % len(cases)] for i in range(NUM_TOGETHER)]
     together = await asyncio.gather(*(ask(client, p, len(t)) for p, t in crowd))

@@ -45,7 +45,7 @@ def test_lists_are_separated_by_commas() -> None:
         ("kv.block_tokens", "12", "must be a power of two"),
         ("kv.cache_tokens", "1000", "must be a multiple of kv.block_tokens = 16"),
         ("scheduler.max_num_batched_tokens", "8", "must be at least scheduler.max_num_seqs = 32"),
-        ("heartbeat.hang_timeout_ms", "700", "must be at least 3 x heartbeat.interval_ms = 750"),
+        ("heartbeat.hang_timeout_ms", "700", "must be at least 3 x heartbeat.interval_ms = 1500"),
         ("launcher.restart_backoff_ms_max", "1", "must be at least launcher.restart_backoff_ms = 100"),
         ("pod", "Pod", "must match [a-z0-9][a-z0-9-]{0,23}"),
         ("pod", "a" * 25, "must match"),
