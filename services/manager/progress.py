@@ -44,7 +44,14 @@ def ready_text(config: PodConfig, pod_map: messages.PodMap, duration_s: float) -
     total = len(expected_members(config))
     url, model = base_url(config, pod_map), model_name(config)
     body = json.dumps(
-        {"model": model, "prompt": "def fibonacci(", "max_tokens": 48, "temperature": 0.6, "seed": 1}
+        {
+            "model": model,
+            "prompt": "def fibonacci(",
+            "max_tokens": 48,
+            "temperature": 0.4,
+            "top_p": 0.95,
+            "seed": 1,
+        }
     )
     key = " -H 'Authorization: Bearer <your key>'" if config.gateway.api_keys else ""
     return (
