@@ -81,7 +81,7 @@ def test_the_quickstart_starts_and_asks() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(console.blocks(README))))
-def test_the_commands_of_a_block(number: int, demo_pod: Pod, environ: dict[str, str]) -> None:
+def test_the_commands_of_a_block(number: int, demo_pod: Pod, environ: dict[str, str], tmp_path: Path) -> None:
     steps = [step for step in console.blocks(README)[number] if not step.command.startswith(NOT_RUN)]
     for step in steps:
         if step.command.startswith(START):
@@ -90,7 +90,9 @@ def test_the_commands_of_a_block(number: int, demo_pod: Pod, environ: dict[str, 
     steps = [step for step in steps if not step.command.startswith(START)]
     if not steps:
         return
-    results = console.run([typed(step.command, demo_pod) for step in steps], environ, STEPS_TIMEOUT_S)
+    results = console.run(
+        [typed(step.command, demo_pod) for step in steps], environ, tmp_path, STEPS_TIMEOUT_S
+    )
     results = [(code, output.replace(demo_pod.name, DOCUMENTED_POD)) for code, output in results]
     everything = "".join(output for _, output in results)
     in_background = any(step.command.rstrip().endswith("&") for step in steps)

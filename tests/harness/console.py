@@ -49,8 +49,10 @@ def _steps(block: str) -> list[Step]:
     return [Step("\n".join(command), tuple(shown)) for command, shown in steps]
 
 
-def run(commands: list[str], environ: Mapping[str, str], timeout_s: float) -> list[tuple[int, str]]:
-    """Run the commands of a block one after the other in one shell; return exit code and output of each.
+def run(
+    commands: list[str], environ: Mapping[str, str], folder: Path, timeout_s: float
+) -> list[tuple[int, str]]:
+    """Run the commands of a block one after the other in one shell, in `folder`; return exit code and output of each.
 
     What commands in the background say counts to the one that runs when they say it.
     """
@@ -59,6 +61,7 @@ def run(commands: list[str], environ: Mapping[str, str], timeout_s: float) -> li
     result = subprocess.run(
         ["bash", "-c", script],
         env={**os.environ, **environ},
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
