@@ -32,7 +32,9 @@ from services.manager.events import (
 )
 from services.manager.roster import MANAGER, Key, expected_members
 
-CONFIG = settings.load({"topology.dp_groups": "2", "topology.expert_workers": "2"}, None, {})
+CONFIG = settings.load(
+    {"topology.dp_groups": "2", "topology.expert_workers": "2", "heartbeat.interval_ms": "250"}, None, {}
+)
 EXPERT: Key = ("expert", 0)
 T = TypeVar("T")
 

@@ -65,6 +65,7 @@ class FakePod:
             "XDS_GATEWAY__PORT": "0",
             "XDS_TOPOLOGY__DP_GROUPS": "1",
             "XDS_TOPOLOGY__EXPERT_WORKERS": "2",
+            "XDS_HEARTBEAT__INTERVAL_MS": "250",
             "XDS_HEARTBEAT__HANG_TIMEOUT_MS": "1000",
             "XDS_LAUNCHER__STOP_TIMEOUT_MS": "3000",
         }
