@@ -21,9 +21,15 @@ setup(
         Extension(
             "services.model._kernels",
             ["services/model/_kernels.c"],
-            depends=["services/model/_kernels_impl.h"],
+            depends=["services/model/_kernels_impl.h", "services/model/_arguments.h"],
             extra_compile_args=COMPILE_ARGS,
             libraries=["m"],
+        ),
+        Extension(
+            "services.model._int8",
+            ["services/model/_int8.c"],
+            depends=["services/model/_arguments.h"],
+            extra_compile_args=COMPILE_ARGS,
         ),
     ]
 )

@@ -15,8 +15,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_arguments.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -50,7 +49,6 @@ typedef uint16_t h8 __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8x32){__VA_ARGS__})
 #endif
 
-enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16 };
 
 typedef struct {
     const float *q, *k, *v;
@@ -115,100 +113,6 @@ INLINE v8 vfma_neon(v8 a, v8 b, v8 c)
 #endif
 
 static const kernel_set *kernels = &kernel_set_generic;
-
-/* ------------------------------------------------------------------ arguments */
-
-#define ARRAYS_MAX 8
-
-typedef struct {
-    void *data;
-    Py_ssize_t shape[4], stride[4]; /* strides in elements */
-    int dtype;
-} array;
-
-typedef struct {
-    const char *function;
-    Py_buffer views[ARRAYS_MAX];
-    int count;
-} arguments;
-
-static void release(arguments *args)
-{
-    while (args->count > 0)
-        PyBuffer_Release(&args->views[--args->count]);
-}
-
-/* "f" float32, "i" int32, "w" a weight: float32, bfloat16 as uint16, or float16. */
-static int dtype_matches(const char *format, Py_ssize_t itemsize, char wanted, int *dtype)
-{
-    char code = 'B';
-    if (format != NULL)
-        code = strchr("@=<", format[0]) != NULL ? format[1] : format[0];
-    *dtype = code == 'f' ? DTYPE_F32 : code == 'H' ? DTYPE_BF16 : DTYPE_F16;
-    if (wanted == 'i')
-        return (code == 'i' || code == 'l') && itemsize == 4;
-    return code == 'f' || (wanted == 'w' && (code == 'H' || code == 'e'));
-}
-
-static int take(arguments *args, PyObject *object, const char *name, char wanted, int rank, int writable, array *out)
-{
-    Py_buffer *view = &args->views[args->count];
-    if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_ValueError, "%s: %s must be %s array", args->function, name,
-                     writable ? "a writable" : "an");
-        return 0;
-    }
-    args->count++;
-    if (!dtype_matches(view->format, view->itemsize, wanted, &out->dtype)) {
-        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got format '%s'", args->function, name,
-                     wanted == 'i'   ? "int32"
-                     : wanted == 'w' ? "float32, bfloat16 (as uint16) or float16"
-                                     : "float32",
-                     view->format != NULL ? view->format : "B");
-        return 0;
-    }
-    if (view->ndim != rank) {
-        PyErr_Format(PyExc_ValueError, "%s: %s must have rank %d, got %d", args->function, name, rank, view->ndim);
-        return 0;
-    }
-    for (int i = 0; i < rank; i++) {
-        out->shape[i] = view->shape[i];
-        out->stride[i] = view->strides[i] / view->itemsize;
-        if (view->strides[i] % view->itemsize != 0 ||
-            (i == rank - 1 && view->shape[i] > 1 && out->stride[i] != 1)) {
-            PyErr_Format(PyExc_ValueError, "%s: %s must have contiguous rows", args->function, name);
-            return 0;
-        }
-    }
-    out->data = view->buf;
-    return 1;
-}
-
-static int need(arguments *args, const char *name, const array *a, int axis, Py_ssize_t extent)
-{
-    if (a->shape[axis] == extent)
-        return 1;
-    PyErr_Format(PyExc_ValueError, "%s: %s must have extent %zd on axis %d, got %zd", args->function, name, extent,
-                 axis, a->shape[axis]);
-    return 0;
-}
-
-static int need_count(const char *function, Py_ssize_t got, Py_ssize_t wanted)
-{
-    if (got == wanted)
-        return 1;
-    PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, got %zd", function, wanted, got);
-    return 0;
-}
-
-static PyObject *finish(arguments *args, int ok)
-{
-    release(args);
-    if (!ok)
-        return NULL;
-    Py_RETURN_NONE;
-}
 
 static const float *row_f32(const array *a, Py_ssize_t i, Py_ssize_t j)
 {
@@ -661,6 +565,11 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static void silu_mul_row(const float *gate, const float *up, float *out, ptrdiff_t n)
+{
+    kernels->silu_mul(gate, up, out, n);
+}
+
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__kernels(void)
@@ -669,5 +578,10 @@ PyMODINIT_FUNC PyInit__kernels(void)
     if (has_avx2())
         kernels = &kernel_set_avx2;
 #endif
-    return PyModule_Create(&module);
+    PyObject *self = PyModule_Create(&module);
+    PyObject *capsule = PyCapsule_New((void *)(uintptr_t)silu_mul_row, SILU_MUL_CAPSULE, NULL);
+    if (self == NULL || PyModule_AddObjectRef(self, "_silu_mul", capsule) < 0)
+        Py_CLEAR(self);
+    Py_XDECREF(capsule);
+    return self;
 }

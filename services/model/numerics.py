@@ -22,22 +22,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from services.model import _kernels
+from services.model import _kernels, int8
+from services.model.int8 import Int8Matrix
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
 Weight = npt.NDArray[Any]
+AnyWeight = Weight | Int8Matrix
 
 
-def matmul_nt(x: Float, w: Weight, out: Float | None = None) -> Float:
+def matmul_nt(x: Float, w: AnyWeight, out: Float | None = None) -> Float:
     """Return `x @ w.T`: x [M, K], w [N, K] -> [M, N].
 
     Batched when both have three axes: x [B, M, K], w [B, N, K] -> [B, M, N]. Each element is one dot product
         with a
-    fixed order of summation over K. `out` may be a strided view.
+    fixed order of summation over K. `out` may be a strided view. An `Int8Matrix` takes x [M, K] only and quantises it.
     """
     if out is None:
         out = np.empty((*x.shape[:-1], w.shape[-2]), dtype=np.float32)
+    if isinstance(w, Int8Matrix):
+        return int8.matmul_nt(x, w, out)
     if x.ndim == 2:
         _kernels.matmul_nt(x[None], w[None], out[None])
     else:
@@ -56,10 +60,14 @@ def matmul_nn(x: Float, w: Weight, out: Float | None = None) -> Float:
     return out
 
 
-def mlp(x: Float, gate: Weight, up: Weight, down: Weight, out: Float | None = None) -> Float:
+def mlp(x: Float, gate: AnyWeight, up: AnyWeight, down: AnyWeight, out: Float | None = None) -> Float:
     """Return `(silu(x @ gate.T) * (x @ up.T)) @ down.T`: x [M, H]; gate, up [I, H]; down [H, I] -> [M, H]."""
     if out is None:
         out = np.empty((x.shape[0], down.shape[0]), dtype=np.float32)
+    if isinstance(gate, Int8Matrix) and isinstance(up, Int8Matrix) and isinstance(down, Int8Matrix):
+        return int8.mlp(x, gate, up, down, out)
+    if isinstance(gate, Int8Matrix) or isinstance(up, Int8Matrix) or isinstance(down, Int8Matrix):
+        return matmul_nt(silu_mul(matmul_nt(x, gate), matmul_nt(x, up)), down, out)
     _kernels.mlp(x, gate, up, down, out)
     return out
 

@@ -106,3 +106,18 @@ def paged_attention(
             terms = np.exp(scores - scores.max())
             out[t, h] = terms / terms.sum() @ v[blocks, offsets, kv_head]
     return out
+
+
+def int8_rows(x: Array) -> tuple[Array, Array]:
+    """Twin of `int8.quantise_rows`: whole numbers as int64, scales float32."""
+    largest = np.abs(x).max(axis=1, initial=0)
+    scale = np.where(np.isfinite(largest), largest / np.float32(127), np.float32(np.nan)).astype(np.float32)
+    usable = scale > 0
+    shifted = np.where(usable[:, None], x / np.where(usable, scale, np.float32(1))[:, None], 0)
+    return np.clip(np.rint(shifted), -127, 127).astype(np.int64), scale
+
+
+def int8_matmul_nt(x: Array, q: Array, scale: Array) -> Array:
+    """Twin of `int8.matmul_nt`, equal to the bit."""
+    rows, row_scale = int8_rows(x)
+    return np.asarray((rows @ q.astype(np.int64).T).astype(np.float32) * (row_scale[:, None] * scale))
