@@ -14,7 +14,8 @@ setup(
         ),
         Extension(
             "bus.memory._collectives",
-            ["bus/memory/_collectives.c"],
+            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_exchange")],
+            depends=["bus/memory/_native.h", "bus/memory/_collectives.h", "bus/memory/_collectives_rows.h"],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),

@@ -25,12 +25,11 @@ TIMEOUT_S = 300
 
 
 def extensions() -> Iterator[tuple[str, list[Path]]]:
-    """Name and sources of each extension: `_native` has several files, any other has one."""
-    native = sorted(MEMORY.glob("_native*.c"))
-    yield "_native", native
-    for source in sorted(MEMORY.glob("*.c")):
-        if source not in native:
-            yield source.stem, [source]
+    """Name and sources of each extension: `_x` is made of `_x.c` and all `_x_*.c`."""
+    parts: dict[str, list[Path]] = {}
+    for source in sorted(MEMORY.glob("_*.c")):
+        parts.setdefault("_" + source.stem.split("_")[1], []).append(source)
+    yield from parts.items()
 
 
 def compiler() -> list[str]:
