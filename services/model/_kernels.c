@@ -32,6 +32,7 @@
 
 #define LANES 8
 #define X_TILE_FLOATS 65536 /* rows of x per pass over w: 256 KiB stay in the second-level cache */
+#define PANEL 24            /* columns: whole tiles of every height; the next panel is fetched meanwhile */
 #define GROUP_ROWS 16       /* query rows times heads that attention computes together */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 12")

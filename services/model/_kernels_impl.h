@@ -125,11 +125,17 @@ INLINE float FN(sum_lanes)(v8 v)
 INLINE void FN(nt_tile)(const int MR, const int NR, const int dtype, const float *x, ptrdiff_t xs, const void *w,
                         ptrdiff_t ws, ptrdiff_t K, float *out, ptrdiff_t os)
 {
+    const ptrdiff_t width = dtype == DTYPE_F32 ? 4 : 2;
     v8 acc[12], wv[8];
     UNROLL for (int a = 0; a < 12; a++) acc[a] = FN(splat)(0.0f);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
-        UNROLL for (int j = 0; j < NR; j++) wv[j] = FN(load_w)(w, j * ws + k, dtype);
+        UNROLL for (int j = 0; j < NR; j++)
+        {
+            wv[j] = FN(load_w)(w, j * ws + k, dtype);
+            if ((k & (64 / width - 1)) == 0)
+                __builtin_prefetch((const char *)w + ((j + PANEL) * ws + k) * width);
+        }
         UNROLL for (int i = 0; i < MR; i++)
         {
             v8 xv = FN(load)(x + i * xs + k);
@@ -172,8 +178,8 @@ INLINE void FN(nt_typed)(const int dtype, const float *x, ptrdiff_t xs, const vo
         tile_rows = 32;
     for (ptrdiff_t m0 = 0; m0 < M; m0 += tile_rows) {
         ptrdiff_t m_end = m0 + tile_rows < M ? m0 + tile_rows : M;
-        for (ptrdiff_t n = 0; n < N; n += 24) {
-            ptrdiff_t n_end = n + 24 < N ? n + 24 : N, m = m0;
+        for (ptrdiff_t n = 0; n < N; n += PANEL) {
+            ptrdiff_t n_end = n + PANEL < N ? n + PANEL : N, m = m0;
             for (; m + 4 <= m_end; m += 4)
                 FN(nt_rows)(4, 3, dtype, x + m * xs, xs, w, ws, n, n_end, K, out + m * os, os);
             if (m_end - m == 3)
