@@ -3,19 +3,20 @@
 from setuptools import Extension, setup
 
 COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+SHARED = ["bus/memory/_native.h", "bus/memory/_fault.h"]
 
 setup(
     ext_modules=[
         Extension(
             "bus.memory._native",
             [f"bus/memory/_native{part}.c" for part in ("", "_link", "_send", "_recv", "_bench")],
-            depends=["bus/memory/_native.h", "bus/memory/_native_link.h"],
+            depends=[*SHARED, "bus/memory/_native_link.h"],
             extra_compile_args=COMPILE_ARGS,
         ),
         Extension(
             "bus.memory._collectives",
             [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_exchange")],
-            depends=["bus/memory/_native.h", "bus/memory/_collectives.h", "bus/memory/_collectives_rows.h"],
+            depends=[*SHARED, "bus/memory/_collectives.h", "bus/memory/_collectives_rows.h"],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),

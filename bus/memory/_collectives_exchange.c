@@ -334,10 +334,12 @@ Exchange_stage(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
     memmove(kept, topk, (size_t)num_slots * 4);
+    FAULT("entered");
     outcome = route(self, block, kept, num_tokens, position, starts);
     if (outcome == 0) {
         put_rows(self, block + self->x_at, (float *)(block + self->x_scale_at), x, num_tokens);
     }
+    FAULT("staged");
     Py_END_ALLOW_THREADS
     self->busy = 0;
     if (outcome < 0) {
@@ -356,7 +358,9 @@ notify_rank(Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch, int lane, ui
                      (self->writes & ((1ULL << COUNTER_BITS) - 1));
     const uint64_t words[CELL_WORDS] = {stamp, event_id, extent, rows};
     store_cell(cell_of(self, rank, self->rank, microbatch, lane), words);
+    FAULT("published");
     ring(self->peers[rank].base);
+    FAULT("rung");
 }
 
 /* Tell every other rank how much there is for it, zero too: they wait for all. */
@@ -643,7 +647,9 @@ Exchange_pull(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     Py_ssize_t corrupt;
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
+    FAULT("counted");
     corrupt = pull_all(self, microbatch, found, out, counts);
+    FAULT("pulled");
     Py_END_ALLOW_THREADS
     self->busy = 0;
     return give_back(&all, PyLong_FromSsize_t(corrupt >= 0 ? -1 - corrupt : num_pairs));
@@ -678,6 +684,7 @@ Exchange_answer(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
     put_rows(self, block + self->y_at, (float *)(block + self->y_scale_at), y, num_pairs);
+    FAULT("answering");
     Py_END_ALLOW_THREADS
     self->busy = 0;
     for (Py_ssize_t i = 1; i < self->num_ranks; i++) {
@@ -771,6 +778,7 @@ Exchange_reduce(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     Py_ssize_t corrupt;
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
+    FAULT("answered");
     corrupt = reduce_all(self, microbatch, num_tokens, topk, position, starts, answered, weights, out);
     Py_END_ALLOW_THREADS
     self->busy = 0;

@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "_fault.h"
+
 #define NS_PER_S 1000000000LL
 #define GIL_COPY_BYTES 16384   /* copies at least this long release the GIL */
 #define RELAX_ROUNDS 64        /* polls with a CPU relax before the spin begins to yield the core */
@@ -108,6 +110,7 @@ store_cell(uint64_t *cell, const uint64_t *words)
     for (int i = 1; i < CELL_WORDS; i++) {
         __atomic_store_n(&cell[i], words[i], __ATOMIC_RELAXED);
     }
+    FAULT("cell-begun");
     __atomic_store_n(&cell[0], words[0], __ATOMIC_RELEASE); /* SYNC: cell-whole */
 }
 

@@ -369,10 +369,10 @@ link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
     end->num_writes++;
     uint64_t words[CELL_WORDS] = {end->out_stamp | (end->num_writes & COUNTER_MASK), w1, w2, w3};
     store_cell(end->out_cell, words);
-    FAULT(end, 4);
+    FAULT("published");
     int failed;
     ring_bell(end->peer_bell, &failed);
-    FAULT(end, 5);
+    FAULT("rung");
     if (failed) {
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;

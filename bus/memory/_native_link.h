@@ -102,18 +102,7 @@ typedef struct {
     /* counters */
     unsigned long long num_messages, num_bytes, num_chunks, num_pulled;
     unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps;
-#ifdef XDS_FAULT_POINTS
-    int fault_point;
-#endif
 } LinkEnd;
-
-/* Points at which a test build kills the process: 1 claimed, 2 copied, 3 recorded, 4 published, 5 rung. */
-#ifdef XDS_FAULT_POINTS
-#include <signal.h>
-#define FAULT(end, point) ((end)->fault_point == (point) ? (void)raise(SIGKILL) : (void)0)
-#else
-#define FAULT(end, point) ((void)0)
-#endif
 
 #define HIDDEN __attribute__((visibility("hidden")))
 

@@ -34,7 +34,10 @@ acknowledge(LinkEnd *end, uint64_t event_id)
     end->last_event = event_id;
     end->last_end = end->position;
     end->num_unpublished = 1;
-    return publish_head(end);
+    FAULT("acknowledging");
+    int outcome = publish_head(end);
+    FAULT("acknowledged");
+    return outcome;
 }
 
 /* Copy the record at the head. 1: it is there; 0: nothing is; -1: error. The copy's sizes are within bounds.
@@ -69,6 +72,7 @@ next_record(LinkEnd *end, uint64_t event_id, Record *record)
         return link_error(end, CORRUPT, event_id, "ring: record of %u bytes in a slot of %llu", record->num_bytes,
                           (unsigned long long)end->slot_bytes);
     }
+    FAULT("peeked");
     return 1;
 }
 
@@ -269,6 +273,7 @@ take_chunk(LinkEnd *end, const Record *record, uint64_t start)
         op->num_done = op->num_bytes;
         end->num_pulled++;
     }
+    FAULT("copied-out");
     release(end);
     op->chunk_id++;
     return 0;

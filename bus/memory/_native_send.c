@@ -51,9 +51,9 @@ commit(LinkEnd *end, const Tag *tag, uint32_t num_bytes, uint32_t chunk_id, uint
 {
     static const Tag no_tag;
     Record record = {end->position, num_bytes, chunk_id, event_id, tag == NULL ? no_tag : *tag};
-    FAULT(end, 2);
+    FAULT("copied");
     memcpy(end->slot, &record, sizeof record);
-    FAULT(end, 3);
+    FAULT("recorded");
     next_position(end);
     end->num_chunks++;
     return link_publish(end, event_id, chunk_id, end->position); /* SYNC: ring-data */
@@ -127,7 +127,7 @@ push_chunk(LinkEnd *end)
     int is_first = !op->is_begun;
     char *payload = end->slot + RECORD_BYTES;
     uint64_t start = 0, num_bytes = 0;
-    FAULT(end, 1);
+    FAULT("claimed");
     if (is_first && op->tag.num_dims > TAG_DIMS) {
         memcpy(payload, op->rest, EXTENSION_BYTES);
         start = EXTENSION_BYTES;
@@ -438,9 +438,6 @@ static PyMemberDef members[] = {
     COUNTER(num_pause_wins),
     COUNTER(num_yield_wins),
     COUNTER(num_sleeps),
-#ifdef XDS_FAULT_POINTS
-    {"fault_point", T_INT, offsetof(LinkEnd, fault_point), 0, "Where to die."},
-#endif
     {NULL, 0, 0, 0, NULL},
 };
 

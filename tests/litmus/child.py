@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 
 import numpy as np
 
 from bus.clock import NS_PER_S, Deadline, now_ns
-from bus.config import XcclConfig
 from bus.memory import _native
-from bus.memory.ring import Position, Producer, RingLayout
+from bus.memory.ring import Producer, RingLayout
 from bus.memory.segment import Segment
 from bus.memory.wait import Adaptive, Doorbell, wait_until
-from bus.xccl.endpoint import Endpoint, World
-from bus.xccl.p2p import P2p, SlowP2p
 
 WAIT_NS = 10 * NS_PER_S
 RING = RingLayout(num_slots=64, slot_bytes=64)
-P2P_RING = RingLayout(num_slots=4, slot_bytes=256)
-WORLD = World.of(attention=1, expert=1)
-SENDER, RECEIVER = WORLD.ranks
 
 
 def say(*words: object) -> None:
@@ -96,85 +88,6 @@ def produce(segment: Segment, source: int, count: int) -> None:
         segment.ring_doorbell()
 
 
-class KillingPosition:
-    """A ring position that ends the process right before or right after it is published."""
-
-    def __init__(self, position: Position, *, before: bool) -> None:
-        self._position = position
-        self._before = before
-
-    def load(self) -> int:
-        return self._position.load()
-
-    def store(self, value: int) -> None:
-        if self._before:
-            die()
-        self._position.store(value)
-        die()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def open_endpoint(pod: str, incarnation: int, receiver_segment: str) -> Endpoint:
-    endpoint = Endpoint(
-        pod=pod,
-        world=WORLD,
-        me=SENDER,
-        incarnation=incarnation,
-        config=XcclConfig(),
-        p2p_peers=[RECEIVER],
-        p2p_ring=P2P_RING,
-    )
-    endpoint.learn(RECEIVER, 1, receiver_segment)
-    return endpoint
-
-
-def send_and_die(pod: str, incarnation: int, receiver_segment: str, fault_point: str) -> None:
-    """Send event 1 whole, then die at the fault point while sending event 2. `none` sends it and goes on living."""
-    endpoint = open_endpoint(pod, incarnation, receiver_segment)
-    p2p = SlowP2p(endpoint)
-    deadline = Deadline.after_ms(20_000)
-    say("ready", endpoint.segment.name)
-    p2p.send(np.full(100, incarnation, np.int64), RECEIVER, 1, deadline)
-    link = p2p._outgoing[RECEIVER]
-    if fault_point == "claimed":
-        link.claim(2, deadline)[:] = b"x" * P2P_RING.slot_bytes
-        die()
-    if fault_point in ("recorded", "published"):
-        link._producer._tail = KillingPosition(link._producer._tail, before=fault_point == "recorded")
-    # More chunks than the ring has slots: unless the receiver drains, the sender waits in the middle of the message.
-    p2p.send(np.arange(2000), RECEIVER, 2, deadline)
-    p2p.send(np.arange(3), RECEIVER, 3, deadline)
-    say("sent")
-
-
-def send_and_die_in_c(pod: str, receiver_segment: str, fault_point: int, num_bytes: int) -> None:
-    """Send event 1 whole, then die at the fault point of the first record of event 2."""
-    endpoint = open_endpoint(pod, 1, receiver_segment)
-    p2p = P2p(endpoint)
-    deadline = Deadline.after_ms(20_000)
-    say("ready", endpoint.segment.name)
-    p2p.send(np.arange(100), RECEIVER, 1, deadline)
-    setattr(p2p.sender(RECEIVER), "fault_point", fault_point)  # noqa: B010 (only in the test build)
-    p2p.send(np.full(num_bytes, 7, np.uint8), RECEIVER, 2, deadline)
-    say("sent")
-
-
-def stream(pod: str, receiver_segment: str, seed: int, count: int) -> None:
-    """Send messages that testify: number i has a size and content that follow from the seed and i."""
-    endpoint = open_endpoint(pod, 1, receiver_segment)
-    p2p = P2p(endpoint)
-    deadline = Deadline.after_ms(60_000)
-    say("ready", endpoint.segment.name)
-    sender, rng = p2p.sender(RECEIVER), np.random.default_rng(seed)
-    for i, size in enumerate(rng.integers(0, 200, count)):
-        sender.send(np.full(size, i, np.uint64), i, deadline)
-    p2p.close()
-    endpoint.close()
-
-
 ROLES: dict[str, Callable[[list[str]], None]] = {}
 
 
@@ -216,21 +129,6 @@ def ringer(args: list[str]) -> None:
 @role
 def producer(args: list[str]) -> None:
     produce(attached(args[0]), int(args[1]), int(args[2]))
-
-
-@role
-def sender(args: list[str]) -> None:
-    send_and_die(args[0], int(args[1]), args[2], args[3])
-
-
-@role
-def fast_sender(args: list[str]) -> None:
-    send_and_die_in_c(args[0], args[1], int(args[2]), int(args[3]))
-
-
-@role
-def streamer(args: list[str]) -> None:
-    stream(args[0], args[1], int(args[2]), int(args[3]))
 
 
 @role

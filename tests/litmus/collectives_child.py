@@ -1,9 +1,13 @@
-"""A rank of a dispatch/combine group: `collectives_child.py POD RANK FAULT_POINT STEPS POLL_MS`. It dies there."""
+"""A rank of a dispatch/combine group: `collectives_child.py ROLE POD RANK INCARNATION POLL_MS`.
+
+Prints `ready`, then obeys the lines on stdin: `run FIRST LAST` exchanges the steps FIRST..LAST and prints `done LAST`
+or `died STEP PEER`; `arm POINT` dies at that fault point of the extension; `learn RANK INCARNATION` brings an address.
+Ends when stdin closes.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 import numpy as np
@@ -18,6 +22,7 @@ from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
 
 SHAPE = DispatchShape(num_ranks=3, max_tokens=8, top_k=2, hidden=32, num_local_experts=2)
+DEADLINE_MS = 60_000
 
 
 def routing(rank: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -39,57 +44,69 @@ def expected(rank: int, step: int) -> np.ndarray:
     return out
 
 
-def open_rank(pod: str, rank: int, poll_ms: int) -> tuple[Segment, AddressTable, Dispatcher]:
-    name = segment_name(pod, "expert", rank, 1)
-    segment = Segment.create(name, SHAPE.layout(), service="expert", index=rank, incarnation=1)
-    table = AddressTable()
-    for peer in range(SHAPE.num_ranks):
-        table.learn(Rank("expert", peer), 1, segment_name(pod, "expert", peer, 1))
-    config = XcclConfig(spin_us=0, poll_interval_ms=poll_ms)
-    return segment, table, Dispatcher(segment, SHAPE, rank, table, config=config)
+class Member:
+    """One rank, in one incarnation."""
+
+    def __init__(self, pod: str, rank: int, incarnation: int, poll_ms: int) -> None:
+        self.pod, self.rank = pod, rank
+        name = segment_name(pod, "expert", rank, incarnation)
+        self.segment = Segment.create(
+            name, SHAPE.layout(), service="expert", index=rank, incarnation=incarnation
+        )
+        self.table = AddressTable()
+        for peer in range(SHAPE.num_ranks):
+            self.learn(peer, incarnation if peer == rank else 1)
+        config = XcclConfig(spin_us=0, poll_interval_ms=poll_ms)
+        self.side = Dispatcher(self.segment, SHAPE, rank, self.table, config=config)
+
+    def learn(self, peer: int, incarnation: int) -> None:
+        self.table.learn(
+            Rank("expert", peer), incarnation, segment_name(self.pod, "expert", peer, incarnation)
+        )
+
+    def exchange(self, step: int) -> None:
+        """One whole exchange, checked."""
+        x, idx, weights = routing(self.rank, step)
+        deadline = Deadline.after_ms(DEADLINE_MS)
+        result, handle = self.side.dispatch(x, idx, event=Event(step, 0), deadline=deadline)
+        begin = 0
+        for local, count in enumerate(result.expert_counts):
+            expert = np.float32(self.rank * SHAPE.num_local_experts + local)
+            result.y[begin : begin + count] = result.x[begin : begin + count] + expert
+            begin += int(count)
+        out = self.side.combine(result.y, weights, handle, deadline=deadline)
+        if not np.array_equal(out, expected(self.rank, step)):
+            raise AssertionError(f"rank {self.rank} step {step}: {out} is not {expected(self.rank, step)}")
+
+    def run(self, first: int, last: int) -> str:
+        """Exchange the steps; return what to say."""
+        for step in range(first, last + 1):
+            try:
+                self.exchange(step)
+            except PeerDied as error:
+                return f"died {step} {error.peer}"
+        return f"done {last}"
+
+    def close(self) -> None:
+        self.side.close()
+        self.table.close()
+        self.segment.unlink()
+        self.segment.close()
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def exchange(side: Dispatcher, rank: int, step: int, fault_point: str = "none") -> None:
-    """One whole exchange; with a fault point the process ends there."""
-    x, idx, weights = routing(rank, step)
-    deadline = Deadline.after_ms(20_000)
-    handle = side._stage(x, idx, Event(step, 0))
-    if fault_point == "staged":
-        die()
-    side._notify(handle)
-    if fault_point == "counted":
-        die()
-    side._await(handle, bytearray(side._everyone), handle.found, deadline, combine=False)
-    result = side._pull(handle)
-    if fault_point == "pulled":
-        die()
-    begin = 0
-    for local, count in enumerate(result.expert_counts):
-        expert = np.float32(rank * SHAPE.num_local_experts + local)
-        result.y[begin : begin + count] = result.x[begin : begin + count] + expert
-        begin += int(count)
-    out = side.combine(result.y, weights, handle, deadline=deadline)
-    if not np.array_equal(out, expected(rank, step)):
-        raise AssertionError(f"rank {rank} step {step}: {out} is not {expected(rank, step)}")
-
-
-def main(pod: str, rank: int, fault_point: str, steps: int, poll_ms: int) -> None:
-    _segment, _table, side = open_rank(pod, rank, poll_ms)
+def main(pod: str, rank: int, incarnation: int, poll_ms: int) -> None:
+    member = Member(pod, rank, incarnation, poll_ms)
     print("ready", flush=True)
-    sys.stdin.readline()
-    step = 0
-    try:
-        for step in range(1, steps + 1):
-            exchange(side, rank, step, fault_point if step == steps else "none")
-    except PeerDied as error:
-        print("died", step, error.peer, flush=True)
-        return
-    print("done", step, flush=True)
+    for line in sys.stdin:
+        match line.split():
+            case ["run", first, last]:
+                print(member.run(int(first), int(last)), flush=True)
+            case ["arm", point]:
+                os.environ["XDS_FAULT_POINT"] = point
+            case ["learn", peer, newer]:
+                member.learn(int(peer), int(newer))
+    member.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[2], *map(int, sys.argv[3:6]))

@@ -11,25 +11,31 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
-from tests.native.build import build_extension, extensions
+from tests.native.build import build_all
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_TIMEOUT_S = 30
+ENDED = "(it has ended)"
 
 
 class Child:
-    """A process that runs one role of child.py, on the given CPUs."""
+    """A process that runs one role of a script of this folder, on the given CPUs."""
 
-    def __init__(self, role: str, *args: object, cpus: set[int], extension: Path | None = None) -> None:
-        script = ["child.py"] if extension is None else ["fault_child.py", str(extension)]
-        script[0] = str(Path(__file__).with_name(script[0]))
+    def __init__(
+        self, role: str, *args: object, cpus: set[int], build: Path | None = None, script: str = "child.py"
+    ) -> None:
+        here = Path(__file__).parent
+        command = [str(here / script)]
+        if build is not None:
+            command = [str(here / "fault_child.py"), str(build), *command]
         self.process = subprocess.Popen(
-            [sys.executable, *script, role, *map(str, args)],
+            [sys.executable, *command, role, *map(str, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -44,10 +50,17 @@ class Child:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line.rstrip("\n"))
+        self._lines.put(ENDED)
 
     def line(self) -> str:
-        """Return the next line that the child printed."""
+        """Return the next line that the child printed, or ENDED."""
         return self._lines.get(timeout=LINE_TIMEOUT_S)
+
+    def say(self, line: str) -> None:
+        """Give it a line to read."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
     def wait(self) -> int:
         """Return its exit status once it has ended by itself."""
@@ -73,11 +86,11 @@ def pod() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def faulty_extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C extension, built so that it can be told to kill its process at a fault point."""
+def faulty_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C extensions, built so that they can be told to kill their process at a fault point."""
     directory = tmp_path_factory.mktemp("faulty")
-    sources = dict(extensions())["_native"]
-    return build_extension("_native", sources, directory, ["-O2", "-DXDS_FAULT_POINTS"])
+    build_all(directory, ["-O1", "-DXDS_FAULT_POINTS"])
+    return directory
 
 
 @pytest.fixture
@@ -109,8 +122,8 @@ def spawn(pod: str) -> Iterator[Callable[..., Child]]:
     """Start children; all have ended before the pod is looked through for leftovers."""
     children: list[Child] = []
 
-    def start(role: str, *args: object, cpus: set[int] | None = None, extension: Path | None = None) -> Child:
-        children.append(Child(role, *args, cpus=cpus or os.sched_getaffinity(0), extension=extension))
+    def start(role: str, *args: object, cpus: set[int] | None = None, **how: Any) -> Child:
+        children.append(Child(role, *args, cpus=cpus or os.sched_getaffinity(0), **how))
         return children[-1]
 
     yield start

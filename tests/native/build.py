@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import subprocess
 import sysconfig
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-MEMORY = ROOT / "bus" / "memory"
-BASE_FLAGS = (
-    "-std=gnu11",
-    "-g",
-    "-fPIC",
-    "-shared",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unused-parameter",
-    "-Wno-psabi",
-)
+PACKAGE = "bus.memory."
+BASE_FLAGS = ("-g", "-fPIC", "-shared")
 TIMEOUT_S = 300
 
 
-def extensions() -> Iterator[tuple[str, list[Path]]]:
-    """Name and sources of each extension: `_x` is made of `_x.c` and all `_x_*.c`."""
-    parts: dict[str, list[Path]] = {}
-    for source in sorted(MEMORY.glob("_*.c")):
-        parts.setdefault("_" + source.stem.split("_")[1], []).append(source)
-    yield from parts.items()
+@dataclass(frozen=True)
+class ExtensionSource:
+    """An extension as setup.py declares it: its last name, its C files, and the flags that it is always built with."""
+
+    name: str
+    sources: tuple[Path, ...]
+    flags: tuple[str, ...]
+
+
+def extensions(root: Path = ROOT) -> Iterator[ExtensionSource]:
+    """Yield the bus's extensions."""
+    with warnings.catch_warnings(), mock.patch("setuptools.setup") as setup:
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(root / "setup.py"))
+    for extension in setup.call_args.kwargs["ext_modules"]:
+        if extension.name.startswith(PACKAGE):
+            sources = tuple(root / source for source in extension.sources)
+            # Optimisation is the caller's choice.
+            flags = tuple(flag for flag in extension.extra_compile_args if not flag.startswith("-O"))
+            yield ExtensionSource(extension.name.removeprefix(PACKAGE), sources, flags)
 
 
 def compiler() -> list[str]:
@@ -37,10 +46,27 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CC", "cc"))
 
 
-def build_extension(name: str, sources: Sequence[Path], directory: Path, flags: Sequence[str]) -> Path:
+def build_extension(extension: ExtensionSource, directory: Path, flags: Sequence[str]) -> Path:
     """Compile one extension into `directory`; return its file. CalledProcessError shows the compiler's words."""
-    target = directory / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = directory / f"{extension.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = f"-I{sysconfig.get_path('include')}"
-    command = [*compiler(), *BASE_FLAGS, *flags, include, *map(str, sources), "-lm", "-o", str(target)]
+    sources = map(str, extension.sources)
+    command = [
+        *compiler(),
+        *BASE_FLAGS,
+        *extension.flags,
+        *flags,
+        include,
+        *sources,
+        "-lm",
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True, timeout=TIMEOUT_S)
     return target
+
+
+def build_all(directory: Path, flags: Sequence[str], root: Path = ROOT) -> None:
+    """Compile every extension of the sources under `root` into `directory`, side by side."""
+    for extension in extensions(root):
+        build_extension(extension, directory, flags)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.native.build import ROOT, build_extension, compiler, extensions
+from tests.native.build import ROOT, build_all, compiler
 
 FLAGS = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = (
@@ -47,7 +47,7 @@ def copy_tree(directory: Path) -> None:
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in COPIED:
         shutil.copytree(ROOT / name, directory / name, ignore=ignore)
-    for name in ("pyproject.toml", "tests/conftest.py"):
+    for name in ("pyproject.toml", "setup.py", "tests/conftest.py"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, directory / name)
 
@@ -56,8 +56,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="xds-sanitize-") as name:
         directory = Path(name)
         copy_tree(directory)
-        for extension, sources in extensions():
-            build_extension(extension, sources, directory / "bus" / "memory", FLAGS)
+        build_all(directory / "bus" / "memory", FLAGS, directory)
         env = {
             **os.environ,
             "LD_PRELOAD": runtime(),

@@ -1,0 +1,240 @@
+"""What runs under ThreadSanitizer: both ends of each transport as threads of one process. `race_scenarios.py NAME POD`.
+
+The sanitizer knows addresses, not pages, so the ends must share one mapping: `Segment.attach` gives the owner's own.
+It does not see what Python's lock orders (race.py hides it); what one thread sets up and another uses passes a `Gate`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from bus.clock import NS_PER_S, Deadline
+from bus.config import XcclConfig
+from bus.memory import _native, shm
+from bus.memory.layout import SegmentLayout
+from bus.memory.ring import Consumer, Producer, RingLayout
+from bus.memory.segment import Segment, segment_name
+from bus.memory.wait import Blocking, Doorbell, wait_until
+from bus.xccl.endpoint import Endpoint, World
+from bus.xccl.event import Event
+from bus.xccl.p2p import P2p
+
+POD = sys.argv[2]
+WORLD = World.of(attention=1, expert=1)
+SENDER, RECEIVER = WORLD.ranks
+
+_create = Segment.create
+_owned: dict[str, Segment] = {}
+
+
+class SharedSegment(Segment):
+    """A peer's segment in the process of its owner: the same mapping, another descriptor."""
+
+    def __init__(self, owner: Segment) -> None:
+        self._fd = shm.open_existing(owner.name)
+        self.name, self.identity, self.layout = owner.name, owner.identity, owner.layout
+        self.is_owner, self.buf = False, owner.buf
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping is the owner's."""
+        if not self.closed:
+            shm.os.close(self._fd)
+            self._fd = -1
+
+
+def create(name: str, layout: SegmentLayout, **identity: object) -> Segment:
+    """Create, remember, and say where it is mapped: race.py counts reports about these bytes."""
+    segment = _owned[name] = _create(name, layout, **identity)  # type: ignore[arg-type]
+    start = np.frombuffer(segment.buf, np.uint8).ctypes.data
+    print(f"segment {start:#x} {segment.layout.total_bytes}", flush=True)
+    return segment
+
+
+def attach(name: str) -> Segment:
+    return SharedSegment(_owned[name])
+
+
+class Gate:
+    """Orders what was done before `open` before what is done after `enter`, in the sanitizer's eyes too."""
+
+    def __init__(self) -> None:
+        self._word = bytearray(8)
+
+    def open(self) -> None:
+        _native.fetch_add_u64(self._word, 0, 1)
+
+    def enter(self) -> None:
+        _native.load_u64(self._word, 0)
+
+
+def run_threads(*works: Callable[[], None]) -> None:
+    """Run all at once; raises the first error."""
+    gate, errors = Gate(), []
+
+    def guarded(work: Callable[[], None]) -> None:
+        gate.enter()
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        gate.open()
+
+    gate.open()
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gate.enter()
+    if errors:
+        raise errors[0]
+
+
+def soon() -> Deadline:
+    return Deadline.after_ms(120_000)
+
+
+def p2p() -> None:
+    """Messages of one record, of many, and ones that are pulled from the sender's app area, under two ways to wait."""
+    ring = RingLayout(num_slots=4, slot_bytes=256)
+    for incarnation, config in enumerate((XcclConfig(), XcclConfig(spin_us=0)), 1):
+        ends = [
+            Endpoint(pod=POD, world=WORLD, me=me, incarnation=incarnation, config=config, p2p_peers=[peer],
+                     p2p_ring=ring, app_bytes=1 << 18)
+            for me, peer in ((SENDER, RECEIVER), (RECEIVER, SENDER))
+        ]  # fmt: skip
+        for end in ends:
+            for other in ends:
+                end.learn(other.me, incarnation, other.segment.name)
+        exchange_messages(*ends)
+        for end in ends:
+            end.close()
+
+
+def exchange_messages(here: Endpoint, there: Endpoint) -> None:
+    sizes = [1, 200, 256, 1000, 5000, 1 << 17] * 100
+    area = here.segment.array(here.segment.layout.app_offset, (1 << 17,), np.uint8)
+
+    def send() -> None:
+        p2p = P2p(here)
+        for event, size in enumerate(sizes):
+            message = area[:size] if event % 2 else np.empty(size, np.uint8)
+            _native.copy(message, 0, np.full(size, event % 251, np.uint8), 0, size)
+            p2p.send(message, RECEIVER, event, soon())
+        p2p.close()
+
+    def receive() -> None:
+        p2p = P2p(there)
+        for event, size in enumerate(sizes):
+            message = p2p.recv(None, SENDER, event, soon())
+            assert message.shape == (size,)
+            assert (message == event % 251).all()
+        p2p.close()
+
+    run_threads(send, receive)
+
+
+def ring() -> None:
+    """The ring with its positions in words."""
+    layout, count = RingLayout(num_slots=8, slot_bytes=64), 3_000
+    name = segment_name(POD, "attention", 5, 1)
+    segment = Segment.create(name, SegmentLayout(2, 1 << 16, 4096), service="attention", index=5, incarnation=1)
+    base = segment.layout.app_offset
+    filled, emptied = Doorbell(segment.buf, base), Doorbell(segment.buf, base + 64)
+
+    def wait(probe: Callable[[], object], bell: Doorbell) -> object:
+        found = wait_until(probe, bell, Blocking(), soon(), check=lambda: None, check_interval_ns=NS_PER_S)
+        assert found is not None
+        return found
+
+    def produce() -> None:
+        producer = Producer(segment.managed, layout)
+        for i in range(count):
+            slot = wait(producer.try_claim, emptied)
+            _native.copy(slot, 0, np.full(8, i, np.uint64), 0, 64)  # type: ignore[arg-type]
+            producer.commit(64)
+            filled.ring()
+
+    def consume() -> None:
+        consumer, out = Consumer(segment.managed, layout), np.zeros(8, np.uint64)
+        for i in range(count):
+            record = wait(consumer.peek, filled)
+            _native.copy(out, 0, record.payload, 0, 64)  # type: ignore[attr-defined]
+            assert (out == i).all()
+            consumer.release()
+            emptied.ring()
+
+    run_threads(produce, consume)
+    segment.unlink()
+
+
+def dispatch() -> None:
+    """Dispatch and combine of three ranks, float32 and INT8, so that every rank reads every other one's blocks."""
+    from tests.harness.dispatch_world import DispatchWorld
+    from bus.xccl.dispatch import DispatchShape
+
+    for int8 in (False, True):
+        shape = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2, int8=int8)
+        with DispatchWorld(shape, pod=POD) as world:
+            rng, gate = np.random.default_rng(3), Gate()
+            gate.open()
+
+            def exchange(rank: int, inputs: list, step: int, world: DispatchWorld, gate: Gate) -> None:
+                gate.enter()
+                world.one(rank, inputs[rank], Event(step, 0))
+                gate.open()
+
+            for step in range(1, 40):
+                inputs = world.routed(rng, rng.integers(0, 7, 3).tolist())
+                world.each(lambda rank, i=inputs, s=step, w=world, g=gate: exchange(rank, i, s, w, g))
+            gate.enter()
+
+
+def relay() -> None:
+    """A2E and E2A, directly and through trampolines: four attention ranks and three expert ranks, a thread each."""
+    from tests.harness.relay_world import RelayWorld, raise_error, routing, work
+    from bus.xccl.cost import Route
+    from bus.xccl.relay_layout import RelayShape
+
+    shape = RelayShape(num_attention_ranks=4, num_expert_ranks=3, rows_max=5, num_slots=2, hidden=48)
+    with RelayWorld(shape, pod=POD) as world:
+        left = [shape.num_attention_ranks]
+
+        def attend(index: int) -> None:
+            rng, side = np.random.default_rng(index), world.attention[index]
+            for step in range(1, 60):
+                x, ranks, experts = routing(rng, shape, int(rng.integers(0, 6)))
+                route = Route.DIRECT if step % 2 else Route.TRAMPOLINE
+                handle = side.a2e_send(x, ranks, experts, Event(step, 0), route)
+                out = np.zeros((handle.num_rows, shape.num_slots, shape.hidden), np.float32)
+                side.e2a_recv(handle, out, soon())
+            left[0] -= 1
+
+        def serve(index: int) -> None:
+            side = world.experts[index]
+            while left[0]:
+                seen = side.doorbell()
+                arrivals = side.poll(raise_error)
+                for arrival in arrivals:
+                    work(arrival)
+                    side.commit(arrival)
+                if not arrivals:
+                    side.wait(seen, spin_ns=0, timeout_ns=10_000_000)
+
+        run_threads(
+            *[lambda i=i: attend(i) for i in range(shape.num_attention_ranks)],
+            *[lambda i=i: serve(i) for i in range(shape.num_expert_ranks)],
+        )
+
+
+SCENARIOS = {function.__name__: function for function in (p2p, ring, dispatch, relay)}
+
+if __name__ == "__main__":
+    Segment.create, Segment.attach = create, attach  # type: ignore[method-assign, assignment]
+    sys.setswitchinterval(1e-4)
+    SCENARIOS[sys.argv[1]]()
+    print("finished", flush=True)
