@@ -11,6 +11,7 @@ endif
 export CC
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+BENCH_VENV ?= .venv-bench
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,13 +23,14 @@ RUNTIME := $(VENV)/.stamp-runtime
 EXTENSIONS := $(VENV)/.stamp-extensions
 TOOLS := $(VENV)/.stamp-tools
 PARITY := $(PARITY_VENV)/.stamp
+BENCH := $(BENCH_VENV)/.stamp
 
 # The requirements of an extra of pyproject.toml, one on each line.
 extra = $(PYTHON) -c 'import sys, tomllib; \
   project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["optional-dependencies"][sys.argv[1]], sep="\n")' $(1)
 
-.PHONY: help check setup up down test lint bench parity chaos test-native test-docker clean
+.PHONY: help check setup up down test lint bench bench-serve parity chaos test-native test-docker clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -85,6 +87,14 @@ $(PARITY): pyproject.toml
 	  $(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
 	@touch $@
 
+# The project itself, in a second environment, beside the transports that it is compared with.
+$(BENCH): $(RUNTIME) $(EXTENSIONS)
+	@$(BENCH_VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(BENCH_VENV)
+	@echo "bench: installing MPI, iceoryx2, torch and matplotlib into $(BENCH_VENV)"
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<84' wheel
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
+	@touch $@
+
 setup: $(TOOLS) $(EXTENSIONS) ## make .venv, install everything, build the C extensions
 
 up: $(RUNTIME) $(EXTENSIONS) ## serve the demo model until Ctrl-C (ARGS="--model DIR --port N ...")
@@ -102,7 +112,10 @@ lint: setup ## ruff and mypy
 test: lint ## lint, then all tests that take seconds
 	$(BIN)/python -m pytest tests -m 'not slow' --ignore=tests/docker $(ARGS)
 
-bench: setup ## measure a whole pod over HTTP (ARGS="--concurrency 1 8 32 --json")
+bench: $(BENCH) ## measure the bus against MPI, iceoryx2, ZeroMQ, gloo (ARGS="--quick --json FILE")
+	$(BENCH_VENV)/bin/xds bench bus $(ARGS)
+
+bench-serve: setup ## measure a whole pod over HTTP (ARGS="--concurrency 1 8 32 --json")
 	$(BIN)/python -m tests.bench.serve $(ARGS)
 
 chaos: setup ## kill every kind of process, twenty times each (minutes)
@@ -119,6 +132,6 @@ test-docker: setup ## build the image, run the Compose pod, kill services in it 
 	$(BIN)/python -m pytest tests/docker $(ARGS)
 
 clean: ## remove environments, builds and caches
-	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	find $(PACKAGES) -name '*.so' -delete

@@ -12,6 +12,7 @@ from bus import config as settings
 from bus.config import PodConfig
 from bus.errors import BusError, ConfigError, ResourceError
 from bus.shutdown import EXIT_CONFIG, EXIT_FAILURE, EXIT_RESOURCE
+from services.cli_bench import add_arguments as add_bench_arguments
 
 EXIT_CODES = """\
 exit codes:
@@ -74,6 +75,10 @@ def _dispatch(options: argparse.Namespace, config: PodConfig) -> int:
             from services.doctor import doctor
 
             return doctor(config)
+        case "bench":
+            from services.cli_bench import bench
+
+            return bench(config, options)
         case _:
             return _print_config(config)
 
@@ -140,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     kill.add_argument("target", metavar="SERVICE[/I]")
     kill.add_argument("--signal", choices=("KILL", "STOP", "CONT", "TERM"), default="KILL")
     add("doctor", "check that this machine can run a pod")
+    add_bench_arguments(add("bench", "measure the bus against other transports"))
     add("config", "print the settings that are in force, as TOML keys")
     return parser
 

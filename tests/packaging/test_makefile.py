@@ -33,7 +33,19 @@ def fake(folder: Path, name: str, script: str) -> str:
 
 
 def test_help_lists_every_target() -> None:
-    words = {"setup", "up", "down", "test", "lint", "bench", "parity", "chaos", "clean", "test-docker"}
+    words = {
+        "setup",
+        "up",
+        "down",
+        "test",
+        "lint",
+        "bench",
+        "bench-serve",
+        "parity",
+        "chaos",
+        "clean",
+        "test-docker",
+    }
     assert words <= {line.split()[1] for line in make("help").stdout.splitlines()}
 
 

@@ -57,6 +57,30 @@ def test_rows_outside_are_refused(move: Callable[..., None], bad: int) -> None:
     assert not dst.any()
 
 
+@pytest.mark.parametrize("width", [1, 4, 7, 64, 130])
+def test_a_weighted_sum_adds_in_slot_order(width: int) -> None:
+    rng = np.random.default_rng(width)
+    src, weights = rng.standard_normal((6, width), np.float32), rng.random((4, 3), np.float32)
+    index = np.array([[5, 0, 2], [-1, 1, 1], [3, -1, -1], [-1, -1, -1]], np.int32)
+    out, wanted = np.full((4, width), np.nan, np.float32), np.zeros((4, width), np.float32)
+    for row, slot in np.ndindex(index.shape):
+        if index[row, slot] >= 0:
+            wanted[row] += weights[row, slot] * src[index[row, slot]]
+    _collectives.weighted_sum(out, src, index, weights, 4, 3, width)
+    assert out.tobytes() == wanted.tobytes()
+
+
+def test_a_weighted_sum_refuses_rows_outside_and_short_buffers() -> None:
+    src, weights, out = np.ones((2, 8), np.float32), np.ones((1, 2), np.float32), np.zeros((1, 8), np.float32)
+    with pytest.raises(IndexError, match=r"index: row 2 is outside 0\.\.1"):
+        _collectives.weighted_sum(out, src, np.array([0, 2], np.int32), weights, 1, 2, 8)
+    with pytest.raises(ValueError, match="index: 4 bytes are too few"):
+        _collectives.weighted_sum(out, src, np.array([0], np.int32), weights, 1, 2, 8)
+    with pytest.raises(IndexError, match="top_k: 65"):
+        _collectives.weighted_sum(out, src, np.zeros(65, np.int32), weights, 1, 65, 8)
+    assert not out.any()
+
+
 def test_a_scan_returns_what_was_written_since() -> None:
     buf, seen, at = mmap.mmap(-1, 4096), np.zeros(3, np.uint64), 128
     _native.write_cell(buf, at + 64, 7, 1, 2, 2**64 - 1)

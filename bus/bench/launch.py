@@ -1,0 +1,114 @@
+"""How the processes of a way are started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bus.bench.meeting import ADDRESS, RANK
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = (sys.executable, "-P", "-m", "bus.bench.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A transport: its name on the command line, what it needs, and which processes it starts."""
+
+    name: str
+    modules: tuple[str, ...] = ()
+    launcher: str = ""  # the launcher of an MPI; "" = none
+    library: str = ""  # the MPI library that mpi4py loads
+
+    def missing(self) -> str | None:
+        """Return why it cannot be measured here, None if it can."""
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+        if self.launcher and _program(self.launcher) is None:
+            return f"{self.launcher} is not installed"
+        return None
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("ours"),
+        Way("pipe"),
+        Way("pyzmq", ("zmq",)),
+        Way("openmpi", ("mpi4py",), "prterun", "libmpi.so.40"),
+        Way("mpich", ("mpi4py",), "mpiexec.hydra", "libmpi.so.12"),
+        Way("iceoryx2", ("iceoryx2",)),
+        Way("gloo", ("torch",)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Commands to run and their environment."""
+
+    commands: list[list[str]]
+    environments: list[dict[str, str]]
+
+
+def launch(way: Way, num_ranks: int, address: Path) -> Launch:
+    """Return how `num_ranks` processes of `way` are started."""
+    base = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        ADDRESS: str(address),
+    }
+    worker = [*WORKER, way.name]
+    if way.launcher:
+        command, environment = _MPI[way.launcher](num_ranks, address.parent)
+        program = _program(way.launcher) or way.launcher
+        mpi = {"MPI4PY_LIBMPI": _library(way.library), **environment}
+        return Launch([[program, *command, *worker]], [{**base, **mpi}])
+    return Launch([worker] * num_ranks, [{**base, RANK: str(rank)} for rank in range(num_ranks)])
+
+
+def _open_mpi(num_ranks: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Shared memory only, idle waits give the core away when there are more ranks than cores; root is allowed."""
+    crowded = num_ranks > len(os.sched_getaffinity(0))
+    environment = {
+        "OMPI_MCA_pml": "ob1",
+        "OMPI_MCA_btl": "self,sm",
+        "OMPI_MCA_btl_sm_backing_directory": str(folder),
+        "OMPI_MCA_mpi_yield_when_idle": str(int(crowded)),
+        "PRTE_ALLOW_RUN_AS_ROOT": "1",
+        "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TMPDIR": str(folder),
+    }
+    return ["-n", str(num_ranks), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"], environment
+
+
+def _mpich(num_ranks: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+    return ["-n", str(num_ranks), "-bind-to", "none"], {"TMPDIR": str(folder)}
+
+
+_MPI: dict[str, Callable[[int, Path], tuple[list[str], dict[str, str]]]] = {
+    "prterun": _open_mpi,
+    "mpiexec.hydra": _mpich,
+}
+
+
+def _program(name: str) -> str | None:
+    """Return the launcher beside this interpreter (where the wheels put it), or the one on the path."""
+    beside = Path(sys.prefix) / "bin" / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def _library(name: str) -> str:
+    """Return the library in this environment, or its bare name for the loader to find."""
+    inside = Path(sys.prefix) / "lib" / name
+    return str(inside) if inside.exists() else name

@@ -1,0 +1,65 @@
+"""mpi4py, on Open MPI or on MPICH: Send and Recv of buffers, Alltoall of counts and equal
+blocks, Alltoallv of rows.
+
+The harness starts the processes under the MPI's own launcher and names the library (bus/bench/launch.py): ob1 over
+shared memory for Open MPI, with `mpi_yield_when_idle` when there are more ranks than cores; MPICH yields by itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bus.bench.meeting import Meeting, Message
+from bus.bench.pingpong import Ends, Link
+from bus.bench.rows import MessageWay, RowsWay
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Partner:
+    """Send and Recv with the partner."""
+
+    def __init__(self, mpi: Any, peer: int, size_max: int) -> None:
+        self._mpi, self._peer = mpi, peer
+        self._out, self._into = np.ones(size_max, np.uint8), np.ones(size_max, np.uint8)
+
+    def ends(self, num_bytes: int) -> Ends:
+        """See `Link`."""
+        world, byte = self._mpi.COMM_WORLD, self._mpi.BYTE
+        out, into = [self._out, num_bytes, byte], [self._into, num_bytes, byte]
+        return Ends(world.Send, (out, self._peer), world.Recv, (into, self._peer))
+
+
+class World:
+    """All ranks; see `bus.bench.rows.Transport`."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._world, self._byte = mpi.COMM_WORLD, mpi.BYTE
+
+    def swap_equal(self, out: Bytes, into: Bytes) -> None:
+        """See `Transport`."""
+        self._world.Alltoall([out, self._byte], [into, self._byte])
+
+    def swap(self, out: Bytes, sent: list[int], into: Bytes, received: list[int]) -> None:
+        """See `Transport`."""
+        self._world.Alltoallv([out, sent, self._byte], [into, received, self._byte])
+
+
+def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
+    """Return the link with the partner."""
+    return {_name(mpi := import_module("mpi4py.MPI")): Partner(mpi, meeting.rank ^ 1, size_max)}
+
+
+def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str, RowsWay]:
+    """Return the way among all ranks."""
+    mpi = import_module("mpi4py.MPI")
+    return {_name(mpi): MessageWay(World(mpi), meeting)}
+
+
+def _name(mpi: Any) -> str:
+    return "Open MPI" if "Open MPI" in mpi.Get_library_version() else "MPICH"

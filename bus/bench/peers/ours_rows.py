@@ -1,0 +1,247 @@
+"""The collectives of the bus: dispatch + combine, and A2E + E2A, directly and through trampolines.
+
+The experts write into the y that the bus hands them, which lies in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from threading import Event as Flag
+
+import numpy as np
+import numpy.typing as npt
+
+from bus.bench.meeting import Meeting, Message
+from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
+from bus.bench.rows import NUM_CHECKED, RowsWay, timed
+from bus.clock import Deadline
+from bus.config import XcclConfig
+from bus.memory import _collectives
+from bus.memory.layout import SegmentLayout
+from bus.memory.segment import Segment, segment_name
+from bus.xccl.cost import Route
+from bus.xccl.dispatch import Dispatcher
+from bus.xccl.dispatch_layout import DispatchShape
+from bus.xccl.endpoint import Rank
+from bus.xccl.event import Event
+from bus.xccl.group import AddressTable
+from bus.xccl.relay import RoutedExpert
+from bus.xccl.relay_layout import RelayShape
+from bus.xccl.trampoline import RoutedAttention
+
+OURS, TRAMPOLINE = "ours", "ours trampoline"
+TIMEOUT_MS = 120_000
+SERVE_POLL_NS = 100_000_000
+
+
+def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str, RowsWay]:
+    """Return the ways among all ranks."""
+    config = XcclConfig(**options["xccl"])
+    return {
+        OURS: OurRows(meeting, config, {DISPATCH: Dispatching, A2E: Routing}),
+        TRAMPOLINE: OurRows(meeting, config, {A2E: Bouncing}),
+    }
+
+
+class Case:
+    """One shape, set up: a segment, and the addresses of the others'."""
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
+        self.meeting, self.config, self.shape, self.rank = meeting, config, shape, meeting.rank
+        self.given = inputs(shape, meeting.rank)
+        self.sum = np.empty(self.given.x.shape, np.float32)
+        self.table = AddressTable()
+        self._number, self._steps = number, 0
+
+    def open(self, layout: SegmentLayout, place: Callable[[int], Rank]) -> Segment:
+        """Create the own segment and learn all addresses; `place` gives the name of each rank."""
+        pod, me = f"{self.meeting.name}r", place(self.rank)
+        names = [
+            segment_name(pod, r.service, r.index, self._number)
+            for r in map(place, range(self.shape.num_ranks))
+        ]
+        self.segment = Segment.create(
+            names[self.rank], layout, service=me.service, index=me.index, incarnation=self._number
+        )
+        self.meeting.gather()
+        for rank, name in enumerate(names):
+            self.table.learn(place(rank), self._number, name)
+        return self.segment
+
+    def next_event(self) -> Event:
+        """Return the name of the next exchange, the same at all ranks."""
+        self._steps += 1
+        return Event(self._steps, 0)
+
+    def verify(self) -> None:
+        """Raise ValueError if the last result is wrong."""
+        check_result(self.shape, self.given, self.sum)
+
+    def close(self) -> None:
+        """Remove the segment once nobody uses it."""
+        self.meeting.gather()
+        self.table.close()
+        self.segment.close()
+        self.segment.unlink()
+
+
+class Dispatching(Case):
+    """Dispatch + combine."""
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
+        super().__init__(meeting, config, shape, number)
+        sizes = DispatchShape(
+            num_ranks=shape.num_ranks,
+            max_tokens=shape.batch,
+            top_k=shape.top_k,
+            hidden=shape.hidden,
+            num_local_experts=shape.num_local_experts,
+            int8=shape.kind == "int8",
+        )
+        segment = self.open(sizes.layout(), lambda rank: Rank("expert", rank))
+        self._side = Dispatcher(segment, sizes, self.rank, self.table, config=config)
+        self._factor = expert_factor(self.rank)
+
+    def run(self) -> None:
+        """Exchange once."""
+        given, side, deadline = self.given, self._side, Deadline.after_ms(TIMEOUT_MS)
+        result, handle = side.dispatch(given.x, given.topk_idx, event=self.next_event(), deadline=deadline)
+        np.multiply(result.x, self._factor, out=result.y)
+        side.combine(result.y, given.topk_weights, handle, deadline=deadline, out=self.sum)
+
+    def play(self, repetitions: int) -> list[int]:
+        """Return the durations, ns."""
+        return timed(self, repetitions)
+
+    def close(self) -> None:
+        """See `Case`."""
+        self._side.close()
+        super().close()
+
+
+class Routing(Case):
+    """A2E + E2A. Attention ranks are timed, expert ranks serve until the attention ranks are done."""
+
+    route = Route.DIRECT
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
+        super().__init__(meeting, config, shape, number)
+        sizes = RelayShape(
+            num_attention_ranks=shape.first_expert_rank,
+            num_expert_ranks=shape.num_expert_ranks,
+            rows_max=shape.batch,
+            num_slots=shape.top_k,
+            hidden=shape.hidden,
+            int8=shape.kind == "int8",
+        )
+        self._is_attention = self.rank < shape.first_expert_rank
+        layout = sizes.attention_layout() if self._is_attention else sizes.expert_layout()
+        segment, me = self.open(layout, self._place), self._place(self.rank)
+        self._attention: RoutedAttention | None = None
+        self._expert: RoutedExpert | None = None
+        if self._is_attention:
+            self._attention = RoutedAttention(segment, sizes, me.index, self.table, config=config)
+        else:
+            self._expert = RoutedExpert(segment, sizes, me.index, self.table, config=config)
+        self._owner = (self.given.topk_idx // shape.num_local_experts).astype(np.int32)
+        self._slots = np.empty((*self._owner.shape, shape.hidden), np.float32)
+        self._all = np.arange(self._owner.size, dtype=np.int32)
+        self._factor = expert_factor(self.rank)
+
+    def _place(self, rank: int) -> Rank:
+        first = self.shape.first_expert_rank
+        return Rank("attention", rank) if rank < first else Rank("expert", rank - first)
+
+    def run(self) -> None:
+        """Exchange once; attention ranks only."""
+        given, shape, side = self.given, self.shape, self._attention
+        assert side is not None
+        handle = side.a2e_send(given.x, self._owner, given.topk_idx, self.next_event(), self.route)
+        side.e2a_recv(handle, self._slots, Deadline.after_ms(TIMEOUT_MS))
+        tokens = given.x.shape[0]
+        _collectives.weighted_sum(
+            self.sum, self._slots, self._all, given.topk_weights, tokens, shape.top_k, shape.hidden
+        )
+
+    def play(self, repetitions: int) -> list[int]:
+        """Return the durations, ns; none from an expert rank."""
+        if self._is_attention:
+            return timed(self, repetitions)
+        self._serve()
+        return []
+
+    def _serve(self) -> None:
+        side, stopping = self._expert, Flag()
+        assert side is not None
+
+        def stop() -> None:
+            stopping.set()
+            self.segment.ring_doorbell()
+
+        thread = self.meeting.serve(stop)
+        spin_ns = self.config.spin_us * 1_000
+        while not stopping.is_set():
+            seen = side.doorbell()
+            for arrival in side.poll(_raise):
+                y: npt.NDArray[np.float32] = arrival.y
+                _collectives.gather_rows(y, arrival.pair_row, arrival.x, 4 * self.shape.hidden)
+                np.multiply(y, self._factor, out=y)
+                side.commit(arrival)
+            side.wait(seen, spin_ns=spin_ns, timeout_ns=SERVE_POLL_NS)
+        thread.join()
+
+    def close(self) -> None:
+        """See `Case`."""
+        self._attention = self._expert = None  # their views keep segments mapped
+        super().close()
+
+
+class Bouncing(Routing):
+    """A2E + E2A, each attention rank through its trampoline."""
+
+    route = Route.TRAMPOLINE
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+Form = Dispatching | Routing
+Forms = Mapping[str, type[Dispatching] | type[Routing]]
+
+
+class OurRows:
+    """A way of the bus; see `bus.bench.rows.RowsWay`."""
+
+    numbers = 0  # of the segments that this process has made
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, forms: Forms) -> None:
+        self._meeting, self._config, self._forms = meeting, config, forms
+        self._case: Form | None = None
+
+    def supports(self, case: Message) -> bool:
+        """See `RowsWay`."""
+        return case["form"] in self._forms
+
+    def prepare(self, case: Message) -> None:
+        """See `RowsWay`."""
+        OurRows.numbers += 1
+        self._case = self._forms[case["form"]](self._meeting, self._config, Shape(**case), OurRows.numbers)
+
+    def check(self) -> None:
+        """See `RowsWay`."""
+        assert self._case is not None
+        self._case.play(NUM_CHECKED)
+        self._case.verify()
+
+    def measure(self, repetitions: int) -> list[int]:
+        """See `RowsWay`."""
+        assert self._case is not None
+        return self._case.play(repetitions)
+
+    def finish(self) -> None:
+        """See `RowsWay`."""
+        if self._case is not None:
+            self._case.close()
+        self._case = None

@@ -1,0 +1,71 @@
+"""Collectives: for each case every way is set up and checked, then they take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bus.bench.session import Case, Record, Session
+from bus.bench.stats import figures, median_ratio, repetitions
+
+REPETITIONS_MIN, REPETITIONS_MAX, REPETITIONS_FIRST = 4, 400, 3
+
+
+def open_rows(session: Session, section: str) -> dict[str, str]:
+    """Connect the ranks of every group; return way -> group."""
+    ways = {}
+    for name in list(session.groups):
+        found = session.ask(section, name, what="open_rows", options=session.options())
+        if found is not None:
+            ways.update(dict.fromkeys(found[0], name))
+    return ways
+
+
+def play_case(
+    session: Session, section: str, ways: Mapping[str, str], shown: Case, case: Mapping[str, int | str]
+) -> None:
+    """Measure one case on every way that plays it, and note the records. `shown` is the case in the records."""
+    samples: dict[str, list[list[float]]] = {}
+    counts: dict[str, int] = {}
+    for way in _supporting(session, section, ways, case):
+        count = _set_up(session, section, way, ways[way], case)
+        if count is not None:
+            counts[way], samples[way] = count, []
+    for _ in range(session.plan.rounds):
+        for way in list(samples):
+            found = _ask(session, section, ways[way], what="measure", way=way, repetitions=counts[way])
+            if found is None:
+                del samples[way]
+            else:
+                samples[way].append([ns for durations in found for ns in durations])
+    for way in samples:
+        _ask(session, section, ways[way], what="finish", way=way)
+    ours = samples.get("ours")
+    for way, rounds in samples.items():
+        extra = {} if ours is None else {"to_ours": median_ratio(rounds, ours)}
+        session.records.append(Record(section, way, shown, figures(rounds), extra))
+
+
+def _supporting(session: Session, section: str, ways: Mapping[str, str], case: object) -> list[str]:
+    found: list[str] = []
+    for name in list(session.groups):
+        answers = session.ask(section, name, what="supports", case=case)
+        if answers is not None:
+            found += answers[0]
+    return [way for way in ways if way in found]
+
+
+def _set_up(session: Session, section: str, way: str, name: str, case: object) -> int | None:
+    """Return the repetitions of a turn, None if the group has failed."""
+    if _ask(session, section, name, what="prepare", way=way, case=case) is None:
+        return None
+    if _ask(session, section, name, what="check", way=way) is None:
+        return None
+    found = _ask(session, section, name, what="measure", way=way, repetitions=REPETITIONS_FIRST)
+    if found is None:
+        return None
+    once_ns = figures([[ns for durations in found for ns in durations]]).p50_us * 1_000
+    return repetitions(once_ns, session.plan.budget_s, low=REPETITIONS_MIN, high=REPETITIONS_MAX)
+
+
+def _ask(session: Session, section: str, name: str, **command: object) -> Sequence[list[int]] | None:
+    return session.ask(section, name, **command) if name in session.groups else None
