@@ -38,7 +38,7 @@ static inline void release(arguments *args)
         PyBuffer_Release(&args->views[--args->count]);
 }
 
-/* "f" float32, "i" int32, "b" int8, "w" a weight: float32, bfloat16 as uint16, or float16. */
+/* "f" float32, "i" int32, "b" int8, "B" uint8, "w" a weight: float32, bfloat16 as uint16, or float16. */
 static inline int dtype_matches(const char *format, Py_ssize_t itemsize, char wanted, int *dtype)
 {
     char code = 'B';
@@ -47,8 +47,8 @@ static inline int dtype_matches(const char *format, Py_ssize_t itemsize, char wa
     *dtype = code == 'f' ? DTYPE_F32 : code == 'H' ? DTYPE_BF16 : DTYPE_F16;
     if (wanted == 'i')
         return (code == 'i' || code == 'l') && itemsize == 4;
-    if (wanted == 'b')
-        return code == 'b';
+    if (wanted == 'b' || wanted == 'B')
+        return code == wanted;
     return code == 'f' || (wanted == 'w' && (code == 'H' || code == 'e'));
 }
 
@@ -66,6 +66,7 @@ static inline int take(arguments *args, PyObject *object, const char *name, char
         PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got format '%s'", args->function, name,
                      wanted == 'i'   ? "int32"
                      : wanted == 'b' ? "int8"
+                     : wanted == 'B' ? "uint8"
                      : wanted == 'w' ? "float32, bfloat16 (as uint16) or float16"
                                      : "float32",
                      view->format != NULL ? view->format : "B");

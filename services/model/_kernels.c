@@ -73,6 +73,7 @@ typedef struct {
     float (*softmax_terms)(float *, float, ptrdiff_t);
     void (*sigmoid_row)(float *, ptrdiff_t);
     void (*attend_group)(const paged_attention_t *, ptrdiff_t, ptrdiff_t, ptrdiff_t, float *, float *, float *);
+    void (*widen_e4m3)(const uint8_t *, const float *, ptrdiff_t, float *, ptrdiff_t);
 } kernel_set;
 
 #if defined(__aarch64__)
@@ -167,6 +168,84 @@ static PyObject *matmul_nt(PyObject *self, PyObject *const *objects, Py_ssize_t 
 static PyObject *matmul_nn(PyObject *self, PyObject *const *objects, Py_ssize_t count)
 {
     return product("matmul_nn", 0, objects, count);
+}
+
+/* One row of an 8-bit matrix in float32. */
+static void widen_row(const array *w, const array *scale, Py_ssize_t row, Py_ssize_t block_rows, Py_ssize_t block_columns,
+                      float *out)
+{
+    const uint8_t *bytes = (const uint8_t *)w->data + row * w->stride[0];
+    kernels->widen_e4m3(bytes, row_f32(scale, row / block_rows, 0), block_columns, out, w->shape[1]);
+}
+
+static int take_e4m3(arguments *args, PyObject *const *objects, array *w, array *scale, Py_ssize_t *block_rows,
+                     Py_ssize_t *block_columns)
+{
+    *block_rows = PyLong_AsSsize_t(objects[2]);
+    *block_columns = PyLong_AsSsize_t(objects[3]);
+    if (PyErr_Occurred())
+        return 0;
+    if (*block_rows < 1 || *block_columns < 1) {
+        PyErr_Format(PyExc_ValueError, "%s: a block must have rows and columns", args->function);
+        return 0;
+    }
+    return take(args, objects[0], "w", 'B', 2, 0, w) && take(args, objects[1], "scale", 'f', 2, 0, scale) &&
+           need(args, "scale", scale, 0, (w->shape[0] + *block_rows - 1) / *block_rows) &&
+           need(args, "scale", scale, 1, (w->shape[1] + *block_columns - 1) / *block_columns);
+}
+
+/* x [M, K], w [N, K] e4m3, scale, block_rows, block_columns, out [M, N]: a panel of w is written out, then used for all
+ * rows; so each element has the bits that the whole matrix written out would give. */
+static PyObject *matmul_nt_e4m3(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "matmul_nt_e4m3"};
+    array x, w, scale, out;
+    Py_ssize_t block_rows, block_columns;
+    if (!need_count(args.function, count, 6))
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) &&
+             take_e4m3(&args, objects + 1, &w, &scale, &block_rows, &block_columns) &&
+             take(&args, objects[5], "out", 'f', 2, 1, &out) && need(&args, "w", &w, 1, x.shape[1]) &&
+             need(&args, "out", &out, 0, x.shape[0]) && need(&args, "out", &out, 1, w.shape[0]);
+    float *panel = ok ? malloc((PANEL * w.shape[1] + 1) * sizeof(float)) : NULL;
+    if (ok && panel == NULL) {
+        PyErr_NoMemory();
+        ok = 0;
+    }
+    if (!ok)
+        return finish(&args, 0);
+    Py_ssize_t N = w.shape[0], K = w.shape[1];
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t n = 0; n < N; n += PANEL) {
+        Py_ssize_t rows = n + PANEL < N ? PANEL : N - n;
+        for (Py_ssize_t r = 0; r < rows; r++)
+            widen_row(&w, &scale, n + r, block_rows, block_columns, panel + r * K);
+        kernels->matmul_nt(x.data, x.stride[0], panel, K, DTYPE_F32, (float *)out.data + n, out.stride[0], x.shape[0],
+                           rows, K);
+    }
+    Py_END_ALLOW_THREADS;
+    free(panel);
+    return finish(&args, 1);
+}
+
+/* w [N, K] e4m3, scale, block_rows, block_columns, out [N, K]. */
+static PyObject *dequantise_e4m3(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "dequantise_e4m3"};
+    array w, scale, out;
+    Py_ssize_t block_rows, block_columns;
+    if (!need_count(args.function, count, 5))
+        return NULL;
+    int ok = take_e4m3(&args, objects, &w, &scale, &block_rows, &block_columns) &&
+             take(&args, objects[4], "out", 'f', 2, 1, &out) && need(&args, "out", &out, 0, w.shape[0]) &&
+             need(&args, "out", &out, 1, w.shape[1]);
+    if (!ok)
+        return finish(&args, 0);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t n = 0; n < w.shape[0]; n++)
+        widen_row(&w, &scale, n, block_rows, block_columns, (float *)row_f32(&out, n, 0));
+    Py_END_ALLOW_THREADS;
+    return finish(&args, 1);
 }
 
 /* x [M, H], gate [I, H], up [I, H], down [H, I], out [M, H]: out = (silu(x gate^T) * (x up^T)) down^T. */
@@ -553,6 +632,8 @@ static PyObject *select_instruction_set(PyObject *self, PyObject *name)
 static PyMethodDef methods[] = {
     FAST(matmul_nt),
     FAST(matmul_nn),
+    FAST(matmul_nt_e4m3),
+    FAST(dequantise_e4m3),
     FAST(mlp),
     FAST(rms_norm),
     FAST(silu_mul),

@@ -99,6 +99,26 @@ INLINE v8 FN(load_w_partial)(const void *w, ptrdiff_t i, ptrdiff_t count, int dt
     return FN(load_w)(padded, 0, dtype);
 }
 
+/* n weights in e4m3, a factor for each `block` of them, to float32. Exact but for the one rounding of the product: the
+ * bits are shifted into place and rescaled by 2^120; 0x7f is NaN. */
+static void FN(widen_e4m3)(const uint8_t *w, const float *scale, ptrdiff_t block, float *out, ptrdiff_t n)
+{
+    for (ptrdiff_t begin = 0; begin < n; begin += block) {
+        ptrdiff_t end = begin + block < n ? begin + block : n;
+        v8 factor = FN(splat)(scale[begin / block]);
+        for (ptrdiff_t i = begin; i < end; i += LANES) {
+            ptrdiff_t count = end - i < LANES ? end - i : LANES;
+            uint8_t bytes[LANES] = {0};
+            memcpy(bytes, w + i, count);
+            u8x32 u = {bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]};
+            v8 magnitude = (v8)((u & 0x7fu) << 20) * FN(splat)(0x1p120f);
+            u8x32 nan = (u8x32)((u & 0x7fu) == 0x7fu) & 0x7fc00000u;
+            v8 value = (v8)((u8x32)magnitude | nan | (u & 0x80u) << 24);
+            FN(store_partial)(out + i, value * factor, count);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------ reductions */
 
 /* Lane sums of four vectors at once, each as ((0+1)+(2+3)) + ((4+5)+(6+7)). */
@@ -449,5 +469,5 @@ static void FN(attend_group)(const paged_attention_t *a, ptrdiff_t row, ptrdiff_
 
 static const kernel_set FN(kernel_set) = {
     FN(matmul_nt), FN(matmul_nn),     FN(silu_mul),    FN(rms_norm),     FN(rope),
-    FN(combine),   FN(softmax_terms), FN(sigmoid_row), FN(attend_group),
+    FN(combine),   FN(softmax_terms), FN(sigmoid_row), FN(attend_group), FN(widen_e4m3),
 };

@@ -8,10 +8,9 @@ wrong (`ValueError`). `numerics_reference` is the slow twin of each; `check_row_
 on the machine at hand.
 
 Common to all: float32, C-contiguous rows with any outer strides, inputs are read only, results are new arrays
-unless
-`out` is given. Weights may be float32, float16, or bfloat16 stored as uint16; they are widened in registers,
-so a memory-mapped checkpoint is used as it lies. Calls release the interpreter lock and are safe from any
-thread.
+unless `out` is given. Weights may be float32, float16, bfloat16 stored as uint16, e4m3 with a factor per
+block (`BlockScaled`) or INT8 (`Int8Matrix`); they are widened on the way, so a memory-mapped checkpoint is
+used as it lies. Calls release the interpreter lock and are safe from any thread.
 """
 
 from __future__ import annotations
@@ -23,12 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from services.model import _kernels, int8
+from services.model.block_scaled import BlockScaled
 from services.model.int8 import Int8Matrix
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
 Weight = npt.NDArray[Any]
-AnyWeight = Weight | Int8Matrix
+AnyWeight = Weight | BlockScaled | Int8Matrix
+
+CHECK_ELEMENTS = 2**18  # of a weight looked at together: its temporary stays in the second-level cache
 
 
 def matmul_nt(x: Float, w: AnyWeight, out: Float | None = None) -> Float:
@@ -36,13 +38,16 @@ def matmul_nt(x: Float, w: AnyWeight, out: Float | None = None) -> Float:
 
     Batched when both have three axes: x [B, M, K], w [B, N, K] -> [B, M, N]. Each element is one dot product
         with a
-    fixed order of summation over K. `out` may be a strided view. An `Int8Matrix` takes x [M, K] only and quantises it.
+    fixed order of summation over K. `out` may be a strided view. An `Int8Matrix` takes x [M, K] only and quantises it;
+    so does a `BlockScaled`, and leaves it as it is.
     """
     if out is None:
         out = np.empty((*x.shape[:-1], w.shape[-2]), dtype=np.float32)
     if isinstance(w, Int8Matrix):
         return int8.matmul_nt(x, w, out)
-    if x.ndim == 2:
+    if isinstance(w, BlockScaled):
+        _kernels.matmul_nt_e4m3(x, w.values, w.scale, w.block_rows, w.block_columns, out)
+    elif x.ndim == 2:
         _kernels.matmul_nt(x[None], w[None], out[None])
     else:
         _kernels.matmul_nt(x, w, out)
@@ -66,10 +71,10 @@ def mlp(x: Float, gate: AnyWeight, up: AnyWeight, down: AnyWeight, out: Float | 
         out = np.empty((x.shape[0], down.shape[0]), dtype=np.float32)
     if isinstance(gate, Int8Matrix) and isinstance(up, Int8Matrix) and isinstance(down, Int8Matrix):
         return int8.mlp(x, gate, up, down, out)
-    if isinstance(gate, Int8Matrix) or isinstance(up, Int8Matrix) or isinstance(down, Int8Matrix):
-        return matmul_nt(silu_mul(matmul_nt(x, gate), matmul_nt(x, up)), down, out)
-    _kernels.mlp(x, gate, up, down, out)
-    return out
+    if isinstance(gate, np.ndarray) and isinstance(up, np.ndarray) and isinstance(down, np.ndarray):
+        _kernels.mlp(x, gate, up, down, out)
+        return out
+    return matmul_nt(silu_mul(matmul_nt(x, gate), matmul_nt(x, up)), down, out)  # the kernel's own steps
 
 
 def silu_mul(gate: Float, up: Float) -> Float:
@@ -177,6 +182,32 @@ def paged_attention(
         out = np.empty((q.shape[0], q.shape[1], v.shape[-1]), dtype=np.float32)
     _kernels.paged_attention(q, k, v, block_tables, seq_of_row, positions, scale, out)
     return out
+
+
+def dense(w: AnyWeight) -> Weight:
+    """Return a weight as an array: as it is, or written out in float32 if it is in 8 bits."""
+    if isinstance(w, Int8Matrix):
+        return w.widen()
+    if not isinstance(w, BlockScaled):
+        return w
+    out = np.empty(w.shape, dtype=np.float32)
+    _kernels.dequantise_e4m3(w.values, w.scale, w.block_rows, w.block_columns, out)
+    return out
+
+
+def all_finite(stored: Weight) -> bool:
+    """Tell whether stored weights (float32, float16, bfloat16 as uint16, e4m3 as uint8) hold no NaN and no infinity."""
+    for start in range(0, stored.size, CHECK_ELEMENTS):
+        piece = stored[start : start + CHECK_ELEMENTS]
+        if stored.dtype == np.uint16:
+            good = bool(((piece & np.uint16(0x7F80)) != 0x7F80).all())
+        elif stored.dtype == np.uint8:
+            good = bool(((piece & np.uint8(0x7F)) != 0x7F).all())
+        else:
+            good = bool(np.isfinite(piece).all())
+        if not good:
+            return False
+    return True
 
 
 def widen(rows: Weight) -> Float:

@@ -7,17 +7,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from services.model.block_scaled import BlockScaled
+
 Array = npt.NDArray[Any]
+Weight = Array | BlockScaled
 
 
-def widen(rows: Array) -> Array:
+def e4m3_values() -> Array:
+    """Return the value of each of the 256 bytes as e4m3, [256] float32, from the format's definition."""
+    byte = np.arange(256)
+    sign, exponent, mantissa = np.where(byte & 0x80, -1.0, 1.0), byte >> 3 & 15, byte & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    values = sign * np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    values[[0x7F, 0xFF]] = np.nan
+    return values.astype(np.float32)
+
+
+def dequantise(w: BlockScaled) -> Array:
+    """Return a block-scaled matrix written out in float32."""
+    scale = w.scale.repeat(w.block_rows, axis=0).repeat(w.block_columns, axis=1)
+    rows, columns = w.shape
+    return np.asarray(e4m3_values()[w.values] * scale[:rows, :columns])
+
+
+def widen(rows: Weight) -> Array:
     """Return stored weights as float64."""
+    if isinstance(rows, BlockScaled):
+        return dequantise(rows).astype(np.float64)
     if rows.dtype == np.uint16:
         return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     return rows.astype(np.float64)
 
 
-def matmul_nt(x: Array, w: Array) -> Array:
+def matmul_nt(x: Array, w: Weight) -> Array:
     """Twin of `numerics.matmul_nt`."""
     return np.asarray(widen(x) @ widen(w).swapaxes(-1, -2))
 
@@ -33,7 +55,7 @@ def silu_mul(gate: Array, up: Array) -> Array:
     return np.asarray(gate / (1 + np.exp(-gate)) * up)
 
 
-def mlp(x: Array, gate: Array, up: Array, down: Array) -> Array:
+def mlp(x: Array, gate: Weight, up: Weight, down: Weight) -> Array:
     """Twin of `numerics.mlp`."""
     return matmul_nt(silu_mul(matmul_nt(x, gate), matmul_nt(x, up)), down)
 

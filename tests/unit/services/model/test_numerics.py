@@ -11,6 +11,7 @@ import pytest
 
 from services.model import _kernels, numerics
 from services.model import numerics_reference as twin
+from services.model.block_scaled import BlockScaled, scale_shape
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(7)
@@ -92,6 +93,55 @@ def test_every_half_is_widened_exactly() -> None:
     )
     as_bfloat16 = halves[np.isfinite(numerics.widen(halves))][:, None]
     np.testing.assert_array_equal(numerics.matmul_nt(ones, as_bfloat16)[0], numerics.widen(as_bfloat16)[:, 0])
+
+
+def block_scaled(rows: int, columns: int, block: tuple[int, int]) -> BlockScaled:
+    """Random bytes of finite e4m3 and factors of both signs."""
+    values = RNG.integers(0, 256, (rows, columns), dtype=np.uint8)
+    values[(values & 0x7F) == 0x7F] = 0x38
+    return BlockScaled(values, 0.01 * normal(*scale_shape((rows, columns), *block)), *block)
+
+
+def test_every_e4m3_byte_is_widened_exactly() -> None:
+    every = np.arange(256, dtype=np.uint8)[None]
+    one = BlockScaled(every, np.ones((1, 1), dtype=np.float32), 1, 256)
+    expected = twin.e4m3_values()
+    np.testing.assert_array_equal(numerics.dense(one)[0], expected)
+    finite = np.delete(expected, [0x7F, 0xFF])
+    assert (finite.max(), finite[finite > 0].min()) == (448.0, 2.0**-9)
+    assert np.signbit(numerics.dense(one)[0, 0x80])
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 12), (24, 8), (128, 128)])
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
+def test_block_scaled_products_have_the_bits_of_the_matrix_written_out(
+    rows: int, columns: int, depth: int, block: tuple[int, int]
+) -> None:
+    x = normal(rows, depth)
+    gate, up, down = (block_scaled(*shape, block) for shape in ((columns, depth),) * 2 + ((depth, columns),))
+    written = [twin.dequantise(w) for w in (gate, up, down)]
+    assert numerics.dense(gate).tobytes() == written[0].tobytes()
+    assert numerics.matmul_nt(x, gate).tobytes() == numerics.matmul_nt(x, written[0]).tobytes()
+    assert numerics.mlp(x, gate, up, down).tobytes() == numerics.mlp(x, *written).tobytes()
+    mixed = numerics.mlp(x, written[0], up, written[2])
+    assert mixed.tobytes() == numerics.mlp(x, *written).tobytes()
+    np.testing.assert_allclose(numerics.matmul_nt(x, gate), twin.matmul_nt(x, gate), rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "e4m3"])
+def test_a_weight_that_is_not_finite_is_found_wherever_it_is(dtype: str) -> None:
+    size = numerics.CHECK_ELEMENTS + 5
+    bits = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16, "e4m3": np.uint8}[dtype]
+    bad = {"float32": [0x7F800000, 0xFFC00000], "float16": [0x7C00, 0xFE00]}.get(dtype, [0x7F80, 0xFFC0])
+    largest = {"float32": 0x7F7FFFFF, "float16": 0x7BFF, "bfloat16": 0x7F7F, "e4m3": 0x7E}[dtype]
+    stored = np.full(size, largest, dtype=bits)
+    as_stored = stored.view(dtype) if dtype in ("float32", "float16") else stored
+    assert numerics.all_finite(as_stored)
+    for index in (0, size - 1):
+        for value in [0x7F, 0xFF] if dtype == "e4m3" else bad:
+            stored[index] = value
+            assert not numerics.all_finite(as_stored)
+        stored[index] = largest
 
 
 def test_row_operations_equal_their_twins() -> None:
@@ -228,7 +278,7 @@ def test_positions_outside_the_tables_are_refused() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    x, w = normal(2, 8), normal(3, 8)
+    x, w, byte = normal(2, 8), normal(3, 8), np.zeros((3, 8), dtype=np.uint8)
     cases: list[tuple[str, Callable[[], object]]] = [
         (r"w must have extent 8 on axis 2, got 7", lambda: numerics.matmul_nt(x, w[:, :7])),
         (r"x must be float32, got format 'd'", lambda: numerics.matmul_nt(x.astype(np.float64), w)),  # type: ignore[arg-type]
@@ -236,6 +286,9 @@ def test_errors_name_the_argument() -> None:
         (r"x must have contiguous rows", lambda: numerics.matmul_nt(normal(8, 2).T, w)),
         (r"weight must have extent 8", lambda: numerics.rms_norm(x, w[0, :5], 1e-6)),
         (r"down must have extent 3 on axis 1", lambda: numerics.mlp(x, w, w, w)),
+        (r"scale must have extent 2 on axis 1, got 1", lambda: numerics.matmul_nt(x, wrong_scale())),
+        (r"w must be uint8", lambda: numerics.matmul_nt(x, BlockScaled(w, w, 8, 8))),  # type: ignore[arg-type]
+        (r"a block must have rows", lambda: numerics.matmul_nt(x, BlockScaled(byte, w, 0, 8))),
         (r"y must have at least 3 slots", lambda: numerics.combine(normal(2, 2, 8), normal(2, 3), x)),
         (r"topk_idx must have|impossible", lambda: numerics.route(x.copy(), **impossible_route())),
     ]
@@ -246,6 +299,10 @@ def test_errors_name_the_argument() -> None:
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="out must be a writable array"):
         numerics.matmul_nt(x, w, read_only)
+
+
+def wrong_scale() -> BlockScaled:
+    return BlockScaled(np.zeros((3, 8), dtype=np.uint8), np.ones((3, 1), dtype=np.float32), 1, 4)
 
 
 def impossible_route() -> dict[str, Any]:
