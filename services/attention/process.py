@@ -65,7 +65,7 @@ async def attention_main(config: PodConfig, index: int) -> None:
 
 def check_settings(config: PodConfig, model: ModelConfig) -> None:
     """Raise ConfigError, naming field, value and rule, for settings that do not fit the model."""
-    if config.topology.expert_workers > model.num_experts:
+    if 0 < model.num_experts < config.topology.expert_workers:
         raise ConfigError(
             f"topology.expert_workers = {config.topology.expert_workers}: must be at most the model's "
             f"{model.num_experts} experts"

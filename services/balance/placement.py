@@ -33,8 +33,12 @@ class ExpertMap:
 
     @classmethod
     def contiguous(cls, num_experts: int, num_expert_ranks: int, *, has_shared_expert: bool) -> ExpertMap:
-        """Spread `num_experts` over the ranks. Raises ValueError if a rank would be left without an expert."""
-        if num_expert_ranks > num_experts:
+        """Spread `num_experts` over the ranks; a dense model has 0, and every rank its shared expert.
+
+        Raises:
+            ValueError: a rank would be left without an expert.
+        """
+        if num_expert_ranks > num_experts and (num_experts or not has_shared_expert):
             raise ValueError(f"expert_workers={num_expert_ranks} must be at most num_experts={num_experts}")
         owner = np.empty(num_experts, np.int32)
         for rank in range(num_expert_ranks):

@@ -63,7 +63,7 @@ def load_model(config: PodConfig, model_config: ModelConfig, index: int, member:
     num_workers = config.topology.expert_workers
     if not 0 <= index < num_workers:
         raise ConfigError(f"--index = {index}: must be below topology.expert_workers = {num_workers}")
-    if num_workers > model_config.num_experts:
+    if 0 < model_config.num_experts < num_workers:
         rule = f"must be at most the model's {model_config.num_experts} experts"
         raise ConfigError(f"topology.expert_workers = {num_workers}: {rule}")
     return ExpertModel.load(

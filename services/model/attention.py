@@ -1,8 +1,9 @@
 """The two attention mechanisms. Both write the rows' KV first and then attend through the block tables.
 
-`GroupedQueryAttention`: heads share K and V in groups; queries and keys are normalised per head (qwen3_moe).
+`GroupedQueryAttention`: heads share K and V in groups. Queries and keys are normalised per head (qwen3_moe, glm4_moe),
+over all heads at once (minimax_m2) or not at all (llama); the first `rope.dim` columns of a head are rotated.
 
-`LatentAttention` (MLA, deepseek_v3): a token's cache row is its normalised latent c and one rotated key part
+`LatentAttention` (MLA; deepseek_v3, kimi_k2): a token's cache row is its normalised latent c and one rotated key part
 shared by all heads. It always runs in absorbed form, in prefill too, so that computing a position again gives
 the same bits: q_nope . (W_UK c) = (q_nope W_UK) . c, and the weighted sum of values W_UV c is W_UV applied to
 the weighted sum of c. Attention is so one KV head of width kv_lora_rank + qk_rope_head_dim, whose values are
@@ -11,7 +12,7 @@ the first kv_lora_rank columns.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ import numpy.typing as npt
 from services.model import numerics
 from services.model.batch import Batch
 from services.model.checkpoint import TensorSpec, Weights
-from services.model.config import ModelConfig
 from services.model.kv_cache import KvCache
+from services.model.model_config import ModelConfig
 from services.model.rope import yarn_mscale
 
 Float = npt.NDArray[np.float32]
@@ -41,7 +42,7 @@ class Linear:
     """A projection with an optional bias."""
 
     def __init__(self, weights: Weights, name: str) -> None:
-        self.weight: npt.NDArray[Any] = weights.matrix(f"{name}.weight")
+        self.weight = weights.matrix(f"{name}.weight")
         self.bias = weights.optional_vector(f"{name}.bias")
 
     def __call__(self, x: Float) -> Float:
@@ -53,53 +54,75 @@ class Linear:
 
 def linear_specs(name: str, rows: int, columns: int, *, bias: bool) -> list[TensorSpec]:
     """Return the tensors of one `Linear`."""
-    specs = [TensorSpec(f"{name}.weight", (rows, columns))]
+    specs = [TensorSpec(f"{name}.weight", (rows, columns), quantisable=True)]
     return [*specs, TensorSpec(f"{name}.bias", (rows,))] if bias else specs
 
 
 class GroupedQueryAttention:
-    """Softmax attention with shared KV heads and normalised queries and keys."""
+    """Softmax attention with shared KV heads."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
         prefix = f"model.layers.{layer_idx}.self_attn"
         self._layer_idx = layer_idx
         self._head_dim = config.head_dim
+        self._rope_dim = config.rope.dim
+        self._qk_norm = config.qk_norm
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._q, self._k = Linear(weights, f"{prefix}.q_proj"), Linear(weights, f"{prefix}.k_proj")
         self._v, self._o = Linear(weights, f"{prefix}.v_proj"), Linear(weights, f"{prefix}.o_proj")
-        self._q_norm = weights.vector(f"{prefix}.q_norm.weight")
-        self._k_norm = weights.vector(f"{prefix}.k_norm.weight")
+        self._q_norm = weights.optional_vector(f"{prefix}.q_norm.weight")
+        self._k_norm = weights.optional_vector(f"{prefix}.k_norm.weight")
 
     @staticmethod
     def specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
         """Return the tensors of one layer."""
         prefix = f"model.layers.{layer_idx}.self_attn"
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden, bias, output_bias = config.hidden_size, config.attention_bias, config.attention_output_bias
         q_dim = config.num_attention_heads * config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
-        return [
+        specs = [
             *linear_specs(f"{prefix}.q_proj", q_dim, hidden, bias=bias),
             *linear_specs(f"{prefix}.k_proj", kv_dim, hidden, bias=bias),
             *linear_specs(f"{prefix}.v_proj", kv_dim, hidden, bias=bias),
-            *linear_specs(f"{prefix}.o_proj", hidden, q_dim, bias=bias),
-            TensorSpec(f"{prefix}.q_norm.weight", (config.head_dim,)),
-            TensorSpec(f"{prefix}.k_norm.weight", (config.head_dim,)),
+            *linear_specs(f"{prefix}.o_proj", hidden, q_dim, bias=output_bias),
+        ]
+        if config.qk_norm == "none":
+            return specs
+        q_norm_dim, k_norm_dim = (q_dim, kv_dim) if config.qk_norm == "all_heads" else (config.head_dim,) * 2
+        return [
+            *specs,
+            TensorSpec(f"{prefix}.q_norm.weight", (q_norm_dim,)),
+            TensorSpec(f"{prefix}.k_norm.weight", (k_norm_dim,)),
         ]
 
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:
         """See `AttentionLayer`."""
-        heads = (len(x), -1, self._head_dim)
-        q = numerics.rms_norm(self._q(x).reshape(heads), self._q_norm, self._eps)
-        k = numerics.rms_norm(self._k(x).reshape(heads), self._k_norm, self._eps)
-        q = numerics.rope(q, *angles, interleaved=False)
-        k = numerics.rope(k, *angles, interleaved=False)
+        q = self._rotate(self._heads(self._q(x), self._q_norm), angles)
+        k = self._rotate(self._heads(self._k(x), self._k_norm), angles)
         k_cache, v_cache = kv.k(self._layer_idx), kv.v(self._layer_idx)
         where = (batch.block_tables, batch.seq_of_row, batch.positions)
         numerics.kv_store(k, k_cache, *where)
-        numerics.kv_store(self._v(x).reshape(heads), v_cache, *where)
+        numerics.kv_store(self._v(x).reshape(len(x), -1, self._head_dim), v_cache, *where)
         attended = numerics.paged_attention(q, k_cache, v_cache, *where, scale=self._scale)
         return self._o(attended.reshape(len(x), -1))
+
+    def _heads(self, projected: Float, norm: Float | None) -> Float:
+        """Return projected rows [T, H * D] as heads [T, H, D], normalised in the family's way."""
+        heads = (len(projected), -1, self._head_dim)
+        if norm is None:
+            return projected.reshape(heads)
+        if self._qk_norm == "all_heads":
+            return numerics.rms_norm(projected, norm, self._eps).reshape(heads)
+        return numerics.rms_norm(projected.reshape(heads), norm, self._eps)
+
+    def _rotate(self, x: Float, angles: Angles) -> Float:
+        """Return heads x [T, H, D] with their first `rope.dim` columns rotated."""
+        if self._rope_dim == self._head_dim:
+            return numerics.rope(x, *angles, interleaved=False)
+        out = x.copy()
+        numerics.rope(x[:, :, : self._rope_dim], *angles, interleaved=False, out=out[:, :, : self._rope_dim])
+        return out
 
 
 class LatentAttention:
@@ -121,7 +144,9 @@ class LatentAttention:
             self._q = Linear(weights, f"{prefix}.q_b_proj")
         self._kv_a = Linear(weights, f"{prefix}.kv_a_proj_with_mqa")
         self._kv_a_norm = weights.vector(f"{prefix}.kv_a_layernorm.weight")
-        kv_b = weights.matrix(f"{prefix}.kv_b_proj.weight").reshape(self._num_heads, -1, mla.kv_lora_rank)
+        # Absorbed per head, whose rows need not be whole blocks of an 8-bit matrix: written out if it is one.
+        kv_b = numerics.dense(weights.matrix(f"{prefix}.kv_b_proj.weight"))
+        kv_b = kv_b.reshape(self._num_heads, -1, mla.kv_lora_rank)
         self._w_uk = kv_b[:, : mla.qk_nope_head_dim]  # [H, qk_nope_head_dim, kv_lora_rank]
         self._w_uv = kv_b[:, mla.qk_nope_head_dim :]  # [H, v_head_dim, kv_lora_rank]
         self._o = Linear(weights, f"{prefix}.o_proj")
@@ -147,7 +172,9 @@ class LatentAttention:
             *linear_specs(f"{prefix}.kv_a_proj_with_mqa", config.head_dim, hidden, bias=bias),
             TensorSpec(f"{prefix}.kv_a_layernorm.weight", (mla.kv_lora_rank,)),
             *linear_specs(f"{prefix}.kv_b_proj", kv_b_rows, mla.kv_lora_rank, bias=False),
-            *linear_specs(f"{prefix}.o_proj", hidden, heads * mla.v_head_dim, bias=bias),
+            *linear_specs(
+                f"{prefix}.o_proj", hidden, heads * mla.v_head_dim, bias=config.attention_output_bias
+            ),
         ]
 
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:

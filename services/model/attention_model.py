@@ -15,18 +15,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from services.model import deepseek_v3, numerics, qwen3_moe
+from services.model import numerics
+from services.model.attention import AttentionLayer, GroupedQueryAttention, LatentAttention
 from services.model.batch import Batch
 from services.model.checkpoint import Checkpoint, Progress, TensorSpec, Weights
-from services.model.config import ModelConfig
+from services.model.inventory import check_inventory
 from services.model.kv_cache import KvCache, KvSpec
 from services.model.mlp import Mlp, mlp_specs
+from services.model.model_config import ModelConfig
 from services.model.rope import RopeTable
 from services.model.router import Router
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Float = npt.NDArray[np.float32]
-FAMILIES: dict[str, ModuleType] = {"qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,12 @@ class AttentionModel:
     """Embedding, attention, gates, dense layers and head over mapped weights. Holds no expert weight."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        family = FAMILIES[config.model_type]
         self.config = config
         self.weights = weights
         self.kv_spec = KvSpec.of(config)
-        self._rope = RopeTable(config.rope, family.rope_dim(config))
-        self._embedding = weights.matrix("model.embed_tokens.weight")
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self._head = weights.matrix(head)
+        self._rope = RopeTable(config.rope)
+        self._embedding = weights.array("model.embed_tokens.weight")
+        self._head = self._embedding if config.tie_word_embeddings else weights.array("lm_head.weight")
         self._final_norm = weights.vector("model.norm.weight")
         self._layers = [_Layer(config, layer_idx, weights) for layer_idx in range(config.num_hidden_layers)]
 
@@ -73,16 +71,12 @@ class AttentionModel:
             progress: called with (tensors mapped, tensors in total).
 
         Raises:
-            ConfigError: the checkpoint is damaged or does not fit the config.
+            ConfigError: the checkpoint is damaged or does not fit the config. The whole checkpoint's headers are
+                checked, the experts' too.
         """
-        specs = [
-            spec for layer_idx in range(config.num_hidden_layers) for spec in _layer_specs(config, layer_idx)
-        ]
-        specs.append(TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
-        specs.append(TensorSpec("model.norm.weight", (config.hidden_size,)))
-        if not config.tie_word_embeddings:
-            specs.append(TensorSpec("lm_head.weight", (config.vocab_size, config.hidden_size)))
-        return cls(config, Checkpoint.open(folder).load(specs, progress))
+        checkpoint, specs = Checkpoint.open(folder, config.quantization), attention_specs(config)
+        check_inventory(checkpoint, config, specs)
+        return cls(config, checkpoint.load(specs, progress))
 
     def kv_bytes(self, num_blocks: int, block_tokens: int) -> int:
         """Return the size of a buffer for so many blocks."""
@@ -121,10 +115,9 @@ class AttentionModel:
         x = numerics.rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
         hidden = hidden + layer.attention.forward(x, self._rope.rows(batch.positions), batch, kv)
         x = numerics.rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
-        if layer.router is None:
-            assert layer.dense is not None
+        if layer.dense is not None:
             return hidden + layer.dense.forward(x), None
-        return hidden, MoeInput(x, *layer.router.route(x))
+        return hidden, MoeInput(x, *(layer.router.route(x) if layer.router else _no_routed_experts(len(x))))
 
     def add_moe(self, hidden: Float, expert_out: Float, moe: MoeInput) -> Float:
         """Return hidden plus the weighted expert outputs, added in slot order.
@@ -146,30 +139,45 @@ class AttentionModel:
 
 
 class _Layer:
-    """One decoder layer without its experts: either `router` or `dense` is set."""
+    """One decoder layer without its experts: a router, a dense MLP, or neither (a dense model's layer)."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
         prefix = f"model.layers.{layer_idx}"
-        self.attention = FAMILIES[config.model_type].attention_layer(config, layer_idx, weights)
+        attention = GroupedQueryAttention if config.mla is None else LatentAttention
+        self.attention: AttentionLayer = attention(config, layer_idx, weights)
         self.input_norm = weights.vector(f"{prefix}.input_layernorm.weight")
         self.post_norm = weights.vector(f"{prefix}.post_attention_layernorm.weight")
         sparse = layer_idx in config.moe_layer_indices
-        self.router = Router(config, layer_idx, weights) if sparse else None
-        self.dense = None if sparse else Mlp.from_weights(weights, f"{prefix}.mlp")
+        self.router = Router(config, layer_idx, weights) if sparse and config.num_experts else None
+        self.dense = None if sparse else Mlp.from_weights(weights, f"{prefix}.{config.names.mlp}")
+
+
+def attention_specs(config: ModelConfig) -> list[TensorSpec]:
+    """Return all tensors of the attention half."""
+    specs = [spec for i in range(config.num_hidden_layers) for spec in _layer_specs(config, i)]
+    specs.append(TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+    specs.append(TensorSpec("model.norm.weight", (config.hidden_size,)))
+    if not config.tie_word_embeddings:
+        specs.append(TensorSpec("lm_head.weight", (config.vocab_size, config.hidden_size)))
+    return specs
 
 
 def _layer_specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
-    family, prefix = FAMILIES[config.model_type], f"model.layers.{layer_idx}"
-    if layer_idx in config.moe_layer_indices:
-        mlp = Router.specs(config, layer_idx, correction_bias=family.GATE_HAS_CORRECTION_BIAS)
-    else:
-        mlp = mlp_specs(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    return [
-        *family.attention_specs(config, layer_idx),
-        *mlp,
+    prefix = f"model.layers.{layer_idx}"
+    attention = GroupedQueryAttention if config.mla is None else LatentAttention
+    specs = [
+        *attention.specs(config, layer_idx),
         TensorSpec(f"{prefix}.input_layernorm.weight", (config.hidden_size,)),
         TensorSpec(f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,)),
     ]
+    if layer_idx not in config.moe_layer_indices:
+        return specs + mlp_specs(f"{prefix}.{config.names.mlp}", config.hidden_size, config.intermediate_size)
+    return specs + Router.specs(config, layer_idx) if config.num_experts else specs
+
+
+def _no_routed_experts(num_rows: int) -> tuple[npt.NDArray[np.int32], Float]:
+    """Return the choice of a dense model's rows: the shared expert only."""
+    return np.empty((num_rows, 0), dtype=np.int32), np.empty((num_rows, 0), dtype=np.float32)
 
 
 def _check_range(name: str, values: npt.NDArray[np.int64] | npt.NDArray[np.int32], limit: int) -> None:

@@ -3,144 +3,176 @@
 1. `Checkpoint.open` reads the index (if any) and every header, and checks all of it against the files' sizes.
 2. `Checkpoint.load` takes the tensors that a role needs, checks presence, type and shape, and maps only the
    pages that hold them; neighbouring tensors share a mapping. An attention worker so maps no expert weight.
-3. Matrices stay in the stored type; vectors (norms, biases) are small and become float32.
-
-A safetensors file is: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data. Offsets
-count from
-the end of the header.
+3. It looks for NaN and infinity in what it has mapped: everywhere up to `FULL_CHECK_BYTES`, above that in the first
+   and last `EDGE_BYTES` of each tensor (vectors, gates and factors so still whole), since a start must not read
+   hundreds of gigabytes.
+4. Matrices stay in the stored type; vectors (norms, biases) and the factors of 8-bit matrices are small and become
+   float32.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bus.errors import ConfigError
 from services.model import numerics
-from services.model.config_fields import read_json_object, unique_keys
+from services.model.block_scaled import BlockScaled, scale_shape
 from services.model.file_map import map_range, page_run
+from services.model.model_config import Fp8Config
+from services.model.safetensors_header import StoredTensor, read_headers
 
-HEADER_BYTES_MAX = 100 * 1024 * 1024
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+E4M3 = "F8_E4M3"
+NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    E4M3: np.uint8,
+}
+SCALE_SUFFIX = "_scale_inv"
 
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
-NUMPY_DTYPES: dict[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+FULL_CHECK_BYTES = 2**30
+EDGE_BYTES = 2**20
 
 Progress = Callable[[int, int], None]  # (tensors done, tensors in total)
+Key = tuple[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that a role needs. `index` picks one entry of a stacked tensor; `shape` is that entry's."""
+    """A tensor that a role needs.
+
+    `index` picks one entry of a stacked tensor; `shape` is that entry's. `quantisable`: it may be stored as e4m3
+    with a factor per block, the factors beside it under the name + "_scale_inv".
+    """
 
     name: str
     shape: tuple[int, ...]
     index: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies: bytes start .. end of a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    quantisable: bool = False
 
 
 class Weights:
     """The mapped tensors of one role."""
 
-    def __init__(self, arrays: dict[tuple[str, int | None], npt.NDArray[Any]], mapped_bytes: int) -> None:
-        self._arrays = arrays
+    def __init__(self, tensors: dict[Key, numerics.AnyWeight], mapped_bytes: int) -> None:
+        self._tensors = tensors
         self.mapped_bytes = mapped_bytes
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Return the names held, sorted; a stacked tensor of which entries are held appears once."""
-        return tuple(sorted({name for name, _ in self._arrays}))
+        return tuple(sorted({name for name, _ in self._tensors}))
 
     @property
     def held_bytes(self) -> int:
         """Return the bytes of all tensors held."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def matrix(self, name: str, index: int | None = None) -> npt.NDArray[Any]:
-        """Return a tensor as stored, read only; bfloat16 as uint16."""
-        return self._arrays[name, index]
+    def matrix(self, name: str) -> numerics.AnyWeight:
+        """Return a tensor as stored, read only; bfloat16 as uint16, e4m3 with its factors."""
+        return self._tensors[name, None]
+
+    def array(self, name: str, index: int | None = None) -> npt.NDArray[Any]:
+        """Return a tensor that is not quantisable as stored, read only; bfloat16 as uint16."""
+        tensor = self._tensors[name, index]
+        assert isinstance(tensor, np.ndarray)
+        return tensor
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
         """Return a float32 copy."""
-        return numerics.widen(self._arrays[name, None])
+        return numerics.widen(self.array(name))
 
     def optional_vector(self, name: str) -> npt.NDArray[np.float32] | None:
         """Return a float32 copy, or None if it was not asked for."""
-        return self.vector(name) if (name, None) in self._arrays else None
+        return self.vector(name) if (name, None) in self._tensors else None
 
 
 class Checkpoint:
     """All tensors of a folder, by name. Nothing is mapped before `load`."""
 
-    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self, folder: Path, tensors: dict[str, StoredTensor], quantization: Fp8Config | None = None
+    ) -> None:
         self.folder = folder
         self.tensors = tensors
+        self._quantization = quantization
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Read index and headers.
+    def open(cls, folder: str | Path, quantization: Fp8Config | None = None) -> Checkpoint:
+        """Read index and headers; `quantization` is what `config.json` says of 8-bit weights.
 
         Raises:
             ConfigError: no checkpoint there, a shard is missing, a file is truncated or malformed.
         """
-        folder = Path(folder)
-        if (folder / SINGLE_NAME).exists():
-            return cls(folder, read_header(folder / SINGLE_NAME))
-        if not (folder / INDEX_NAME).exists():
-            raise ConfigError(f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
-        return cls(folder, _read_sharded(folder))
+        return cls(Path(folder), read_headers(Path(folder)), quantization)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
+
+    def check(self, spec: TensorSpec) -> list[str]:
+        """Return the names of the stored tensors that `spec` needs.
+
+        Raises:
+            ConfigError: one is missing, or of another shape or type than expected.
+        """
+        stored = self._locate(spec)
+        if stored.dtype != E4M3:
+            return [spec.name]
+        scale = self._scale_spec(spec, stored)
+        self._locate(scale)
+        return [spec.name, scale.name]
 
     def load(self, specs: Sequence[TensorSpec], progress: Progress | None = None) -> Weights:
         """Map the tensors asked for.
 
         Raises:
-            ConfigError: one is missing, of another shape, or of a type that is not float32, float16 or
-                bfloat16.
+            ConfigError: one is missing, of another shape or type than expected, or holds NaN or infinity.
             ResourceError: the system refuses the mapping.
         """
-        ranges = {(spec.name, spec.index): self._locate(spec) for spec in specs}
-        arrays: dict[tuple[str, int | None], npt.NDArray[Any]] = {}
-        mapped_bytes = 0
-        for path in sorted({stored.path for stored in ranges.values()}):
-            here = [(key, stored) for key, stored in ranges.items() if stored.path == path]
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                for start, end in merge_runs(page_run(stored.start, stored.end) for _, stored in here):
-                    run = map_range(fd, start, end)
-                    mapped_bytes += end - start
-                    for key, stored in here:
-                        if start <= stored.start and stored.end <= end:
-                            arrays[key] = _view(run, start, stored)
-                            if progress is not None:
-                                progress(len(arrays), len(ranges))
-            finally:
-                os.close(fd)
-        return Weights(arrays, mapped_bytes)
+        ranges: dict[Key, StoredTensor] = {}
+        scales: dict[Key, Key] = {}
+        for spec in specs:
+            key = (spec.name, spec.index)
+            ranges[key] = self._locate(spec)
+            if ranges[key].dtype == E4M3:
+                scale = self._scale_spec(spec, ranges[key])
+                scales[key] = (scale.name, None)
+                ranges[scales[key]] = self._locate(scale)
+        arrays, mapped_bytes = _map_all(ranges, progress)
+        _check_finite(arrays, ranges)
+        return Weights(self._join_scales(arrays, scales), mapped_bytes)
+
+    def _join_scales(
+        self, arrays: dict[Key, npt.NDArray[Any]], scales: dict[Key, Key]
+    ) -> dict[Key, numerics.AnyWeight]:
+        tensors: dict[Key, numerics.AnyWeight] = {**arrays}
+        for key, scale_key in scales.items():
+            assert self._quantization is not None
+            tensors[key] = BlockScaled(
+                arrays[key],
+                numerics.widen(arrays[scale_key]),
+                self._quantization.block_rows,
+                self._quantization.block_columns,
+            )
+            del tensors[scale_key]
+        return tensors
+
+    def _scale_spec(self, spec: TensorSpec, stored: StoredTensor) -> TensorSpec:
+        if self._quantization is None:
+            rule = "config.json has no quantization_config that says how to read it"
+            raise ConfigError(f"{stored.path}: tensor {spec.name} is {E4M3}: {rule}")
+        if not spec.quantisable:
+            rule = "only projections of attention and of MLPs may be; supported are F32, F16, BF16"
+            raise ConfigError(f"{stored.path}: tensor {spec.name} is {E4M3}: {rule}")
+        shape = scale_shape(spec.shape, self._quantization.block_rows, self._quantization.block_columns)
+        return TensorSpec(spec.name + SCALE_SUFFIX, shape)
 
     def _locate(self, spec: TensorSpec) -> StoredTensor:
         stored = self.tensors.get(spec.name)
@@ -176,84 +208,41 @@ def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+def _map_all(
+    ranges: dict[Key, StoredTensor], progress: Progress | None
+) -> tuple[dict[Key, npt.NDArray[Any]], int]:
+    """Return the arrays, views of shared mappings, and the bytes mapped."""
+    arrays: dict[Key, npt.NDArray[Any]] = {}
+    mapped_bytes = 0
+    for path in sorted({stored.path for stored in ranges.values()}):
+        here = [(key, stored) for key, stored in ranges.items() if stored.path == path]
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for start, end in merge_runs(page_run(stored.start, stored.end) for _, stored in here):
+                run = map_range(fd, start, end)
+                mapped_bytes += end - start
+                for key, stored in here:
+                    if start <= stored.start and stored.end <= end:
+                        arrays[key] = _view(run, start, stored)
+                        if progress is not None:
+                            progress(len(arrays), len(ranges))
+        finally:
+            os.close(fd)
+    return arrays, mapped_bytes
+
+
 def _view(run: npt.NDArray[np.uint8], run_start: int, stored: StoredTensor) -> npt.NDArray[Any]:
     piece = run[stored.start - run_start : stored.end - run_start]
     return piece.view(NUMPY_DTYPES[stored.dtype]).reshape(stored.shape)
 
 
-def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX_NAME
-    weight_map = read_json_object(index, HEADER_BYTES_MAX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: weight_map must be an object that names a file per tensor")
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\0" in shard:
-            raise ConfigError(f"{index}: tensor {name}: {shard!r} must be a plain file name")
-        if shard not in headers:
-            if not (folder / shard).is_file():
-                raise ConfigError(f"{folder / shard}: shard is missing; {INDEX_NAME} names it for {name}")
-            headers[shard] = read_header(folder / shard)
-        if name not in headers[shard]:
-            raise ConfigError(f"{folder / shard}: tensor {name} is missing; {INDEX_NAME} says it is here")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read and check the header of one safetensors file.
-
-    Raises:
-        ConfigError: unreadable, truncated or malformed; the text names the file and the tensor.
-    """
-    try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > min(HEADER_BYTES_MAX, file_bytes - 8):
-                raise ConfigError(
-                    f"{path}: truncated or not safetensors: its header does not fit in the file"
-                )
-            header = json.loads(file.read(header_bytes), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as safetensors: {error}") from error
-    if not isinstance(header, dict):
-        raise ConfigError(f"{path}: the safetensors header must be a JSON object")
-    header.pop("__metadata__", None)
-    data_start = 8 + header_bytes
-    tensors = {name: _read_entry(path, name, entry, data_start, file_bytes) for name, entry in header.items()}
-    _check_disjoint(path, tensors)
-    return tensors
-
-
-def _read_entry(path: Path, name: str, entry: object, data_start: int, file_bytes: int) -> StoredTensor:
-    def refuse(reason: str) -> NoReturn:
-        raise ConfigError(f"{path}: tensor {name}: {reason}")
-
-    if not isinstance(entry, dict):
-        refuse("header entry must be an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        refuse(f"unknown dtype {dtype!r}")
-    if not _are_counts(shape) or len(shape) > 8:
-        refuse(f"shape {shape!r} must be a list of whole numbers")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        refuse(f"data_offsets {offsets!r} must be [begin, end]")
-    start, end = data_start + offsets[0], data_start + offsets[1]
-    if end > file_bytes:
-        refuse(f"ends at byte {end}, but the file has {file_bytes}: truncated")
-    if math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
-        refuse(f"{end - start} bytes do not make {dtype} of shape {shape}")
-    return StoredTensor(path, dtype, tuple(shape), start, end)
-
-
-def _are_counts(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**60 for value in values)
-
-
-def _check_disjoint(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    previous_end, previous_name = 0, ""
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if stored.start < previous_end:
-            raise ConfigError(f"{path}: tensor {name}: overlaps {previous_name}")
-        previous_end, previous_name = stored.end, name
+def _check_finite(arrays: dict[Key, npt.NDArray[Any]], ranges: dict[Key, StoredTensor]) -> None:
+    in_full = sum(array.nbytes for array in arrays.values()) <= FULL_CHECK_BYTES
+    for key, array in arrays.items():
+        flat = array.reshape(-1)
+        edge = EDGE_BYTES // array.itemsize
+        pieces = [flat] if in_full or flat.size <= 2 * edge else [flat[:edge], flat[-edge:]]
+        if not all(numerics.all_finite(piece) for piece in pieces):
+            name, index = key
+            entry = "" if index is None else f"[{index}]"
+            raise ConfigError(f"{ranges[key].path}: tensor {name}{entry} holds NaN or infinity")

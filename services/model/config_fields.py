@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from bus.errors import ConfigError
 
 CONFIG_BYTES_MAX = 1024 * 1024
+INTEGER_MAX = 2**31 - 1
 
 REQUIRED: Any = object()
 
@@ -40,26 +41,37 @@ class Fields:
                 self.fail(key, value, f"contradicts {first} = {json.dumps(found[first])}")
         return found[first]
 
-    def integer(self, name: str, *aliases: str, minimum: int = 1, default: Any = REQUIRED) -> int:
-        """Return a whole number of at least `minimum`."""
+    def integer(
+        self, name: str, *aliases: str, minimum: int = 1, maximum: int = INTEGER_MAX, default: Any = REQUIRED
+    ) -> int:
+        """Return a whole number from `minimum` to `maximum`."""
         value = self.raw(name, *aliases, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-            self.fail(name, value, f"must be a whole number of at least {minimum}")
+        present = next((key for key in (name, *aliases) if key in self.values), name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self.fail(present, value, f"must be a whole number of at least {minimum}")
+        if value > maximum:
+            self.fail(present, value, f"must be at most {maximum}")
         return value
 
-    def optional_integer(self, name: str, *, minimum: int = 1, default: Any = REQUIRED) -> int | None:
+    def optional_integer(
+        self, name: str, *, minimum: int = 1, maximum: int = INTEGER_MAX, default: Any = REQUIRED
+    ) -> int | None:
         """Return a whole number, or None for null."""
         if self.raw(name, default=default) is None:
             return None
-        return self.integer(name, minimum=minimum, default=default)
+        return self.integer(name, minimum=minimum, maximum=maximum, default=default)
 
-    def number(self, name: str, *, minimum: float = 0.0, default: Any = REQUIRED) -> float:
-        """Return a finite number of at least `minimum`."""
+    def number(
+        self, name: str, *, minimum: float = 0.0, maximum: float | None = None, default: Any = REQUIRED
+    ) -> float:
+        """Return a finite number from `minimum` to `maximum`."""
         value = self.raw(name, default=default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             self.fail(name, value, "must be a finite number")
         if value < minimum:
             self.fail(name, value, f"must be at least {minimum}")
+        if maximum is not None and value > maximum:
+            self.fail(name, value, f"must be at most {maximum}")
         return float(value)
 
     def optional_number(self, name: str, *, default: float | None = None) -> float | None:

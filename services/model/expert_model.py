@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from bus.errors import ConfigError
 from services.model.checkpoint import Checkpoint, Progress, Weights
-from services.model.config import ModelConfig
-from services.model.mlp import ExpertTensors, Mlp, mlp_specs
+from services.model.mlp import ExpertTensors, Mlp, shared_prefix, shared_specs
+from services.model.model_config import ModelConfig
 
 Float = npt.NDArray[np.float32]
 
@@ -50,18 +50,19 @@ class ExpertModel:
                 raise ConfigError(f"expert id {expert_id}: must be in 0 .. {config.num_experts - 1}")
         if shared and not config.has_shared_expert:
             raise ConfigError(f"{folder}: the model has no shared expert")
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, config.quantization)
         layers = {index: ExpertTensors(config, index, checkpoint) for index in config.moe_layer_indices}
         specs = [
             spec for layer in layers.values() for expert_id in expert_ids for spec in layer.specs(expert_id)
         ]
         if shared:
-            width = config.moe_intermediate_size * config.num_shared_experts
-            specs += [spec for i in layers for spec in mlp_specs(_shared(i), config.hidden_size, width)]
+            specs += [spec for i in layers for spec in shared_specs(config, i)]
         weights = checkpoint.load(specs, progress)
         experts = {(i, e): layer.take(weights, e) for i, layer in layers.items() for e in expert_ids}
         if shared:
-            experts |= {(i, config.num_experts): Mlp.from_weights(weights, _shared(i)) for i in layers}
+            experts |= {
+                (i, config.num_experts): Mlp.from_weights(weights, shared_prefix(config, i)) for i in layers
+            }
         return cls(config, weights, experts)
 
     def forward(self, layer_idx: int, expert_id: int, x: Float, out: Float | None = None) -> Float:
@@ -73,7 +74,3 @@ class ExpertModel:
             KeyError: this process does not hold that expert of that layer.
         """
         return self._experts[layer_idx, expert_id].forward(x, out)
-
-
-def _shared(layer_idx: int) -> str:
-    return f"model.layers.{layer_idx}.mlp.shared_experts"

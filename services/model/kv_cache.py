@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from services.model.config import ModelConfig
+from services.model.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

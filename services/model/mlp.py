@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from services.model import numerics
 from services.model.checkpoint import Checkpoint, TensorSpec, Weights
-from services.model.config import ModelConfig
+from services.model.model_config import ModelConfig
 
 Float = npt.NDArray[np.float32]
-ROUTED_NAMES = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """Three mapped matrices: gate and up [I, hidden], down [hidden, I]."""
 
-    gate: npt.NDArray[Any]
-    up: npt.NDArray[Any]
-    down: npt.NDArray[Any]
+    gate: numerics.AnyWeight
+    up: numerics.AnyWeight
+    down: numerics.AnyWeight
 
     @classmethod
-    def from_weights(cls, weights: Weights, prefix: str) -> Mlp:
+    def from_weights(cls, weights: Weights, prefix: str, names: tuple[str, str, str] = PROJECTIONS) -> Mlp:
         """Take the three tensors under `prefix`."""
-        return cls(*(weights.matrix(f"{prefix}.{name}.weight") for name in ROUTED_NAMES))
+        return cls(*(weights.matrix(f"{prefix}.{name}.weight") for name in names))
 
     def forward(self, x: Float, out: Float | None = None) -> Float:
         """Return y [n, hidden] for x [n, hidden]."""
         return numerics.mlp(x, self.gate, self.up, self.down, out)
 
 
-def mlp_specs(prefix: str, hidden_size: int, intermediate_size: int) -> list[TensorSpec]:
+def mlp_specs(
+    prefix: str, hidden_size: int, intermediate_size: int, names: tuple[str, str, str] = PROJECTIONS
+) -> list[TensorSpec]:
     """Return the three tensors of an MLP stored by itself."""
     wide, narrow = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
     shapes = (wide, wide, narrow)
     return [
-        TensorSpec(f"{prefix}.{name}.weight", shape) for name, shape in zip(ROUTED_NAMES, shapes, strict=True)
+        TensorSpec(f"{prefix}.{name}.weight", shape, quantisable=True)
+        for name, shape in zip(names, shapes, strict=True)
     ]
+
+
+def shared_prefix(config: ModelConfig, layer_idx: int) -> str:
+    """Return where the shared expert of a layer is stored; in a dense model it is the layer's MLP."""
+    prefix = f"model.layers.{layer_idx}.{config.names.mlp}"
+    return f"{prefix}.{config.names.shared_expert}" if config.names.shared_expert else prefix
+
+
+def shared_specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
+    """Return the tensors of a layer's shared expert."""
+    width = config.moe_intermediate_size * config.num_shared_experts
+    return mlp_specs(shared_prefix(config, layer_idx), config.hidden_size, width)
 
 
 class ExpertTensors:
@@ -51,7 +65,9 @@ class ExpertTensors:
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int, checkpoint: Checkpoint) -> None:
-        self._prefix = f"model.layers.{layer_idx}.mlp.experts"
+        names = config.names
+        self._prefix = f"model.layers.{layer_idx}.{names.mlp}.{names.experts}"
+        self._names = names.projections
         self._hidden, self._intermediate = config.hidden_size, config.moe_intermediate_size
         self._stacked = f"{self._prefix}.gate_up_proj" in checkpoint
 
@@ -59,7 +75,7 @@ class ExpertTensors:
         """Return the tensors of one expert."""
         hidden, intermediate = self._hidden, self._intermediate
         if not self._stacked:
-            return mlp_specs(f"{self._prefix}.{expert_id}", hidden, intermediate)
+            return mlp_specs(f"{self._prefix}.{expert_id}", hidden, intermediate, self._names)
         return [
             TensorSpec(f"{self._prefix}.gate_up_proj", (2 * intermediate, hidden), expert_id),
             TensorSpec(f"{self._prefix}.down_proj", (hidden, intermediate), expert_id),
@@ -68,7 +84,7 @@ class ExpertTensors:
     def take(self, weights: Weights, expert_id: int) -> Mlp:
         """Return one expert."""
         if not self._stacked:
-            return Mlp.from_weights(weights, f"{self._prefix}.{expert_id}")
-        gate_up = weights.matrix(f"{self._prefix}.gate_up_proj", expert_id)
-        down = weights.matrix(f"{self._prefix}.down_proj", expert_id)
+            return Mlp.from_weights(weights, f"{self._prefix}.{expert_id}", self._names)
+        gate_up = weights.array(f"{self._prefix}.gate_up_proj", expert_id)
+        down = weights.array(f"{self._prefix}.down_proj", expert_id)
         return Mlp(gate_up[: self._intermediate], gate_up[self._intermediate :], down)

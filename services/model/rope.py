@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from services.model.config import RopeConfig
+from services.model.model_config import RopeConfig
 
 CHUNK_POSITIONS = 1024
 
@@ -23,18 +23,34 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def inverse_frequencies(rope: RopeConfig, dim: int) -> Float:
+def inverse_frequencies(rope: RopeConfig) -> Float:
     """Return the angle per position of each of the dim / 2 pairs, [dim / 2] float32."""
-    exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    exponents = (np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)).astype(np.float64)
     periods = (rope.theta**exponents).astype(np.float32)
     if rope.kind == "yarn":
-        return _yarn_frequencies(rope, dim, periods)
+        return _yarn_frequencies(rope, periods)
     frequencies = (np.float32(1.0) / periods).astype(np.float32)
+    if rope.kind == "llama3":
+        return _llama3_frequencies(rope, frequencies)
     return (frequencies / np.float32(rope.factor)).astype(np.float32)
 
 
-def _yarn_frequencies(rope: RopeConfig, dim: int, periods: Float) -> Float:
+def _llama3_frequencies(rope: RopeConfig, frequencies: Float) -> Float:
+    """Stretch pairs that turn rarely in the original window, leave fast ones, blend in between."""
+    original = rope.original_max_position_embeddings
+    low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    stretched = frequencies / np.float32(rope.factor)
+    blend = (np.float32(original) / wavelengths - low) / (high - low)
+    blended = (np.float32(1.0) - blend) * stretched + blend * frequencies
+    slow, fast = wavelengths > original / rope.low_freq_factor, wavelengths < original / rope.high_freq_factor
+    result: Float = np.where(slow, stretched, np.where(fast, frequencies, blended)).astype(np.float32)
+    return result
+
+
+def _yarn_frequencies(rope: RopeConfig, periods: Float) -> Float:
     """Blend stretched and original frequencies: slow pairs are stretched, fast ones are left alone."""
+    dim = rope.dim
 
     def pair_of(rotations: float) -> float:
         original = rope.original_max_position_embeddings
@@ -68,11 +84,11 @@ def attention_factor(rope: RopeConfig) -> float:
 class RopeTable:
     """Cosines and sines by position, filled on demand up to the model's window."""
 
-    def __init__(self, rope: RopeConfig, dim: int) -> None:
-        self._frequencies = inverse_frequencies(rope, dim)
+    def __init__(self, rope: RopeConfig) -> None:
+        self._frequencies = inverse_frequencies(rope)
         self._factor = np.float32(attention_factor(rope))
-        self._cos: Float = np.empty((0, dim // 2), dtype=np.float32)
-        self._sin: Float = np.empty((0, dim // 2), dtype=np.float32)
+        self._cos: Float = np.empty((0, rope.dim // 2), dtype=np.float32)
+        self._sin: Float = np.empty((0, rope.dim // 2), dtype=np.float32)
 
     def rows(self, positions: npt.NDArray[np.int32]) -> tuple[Float, Float]:
         """Return (cos, sin), [T, dim / 2] each, for positions [T]."""

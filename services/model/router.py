@@ -1,8 +1,8 @@
 """The gate: which experts a row visits, and with what weight.
 
-Softmax scores (qwen3_moe), or sigmoid scores with a learned correction bias that takes part in the choice
-only and, optionally, a first choice among groups of experts (deepseek_v3). Best first; a tie goes to the
-lower expert id.
+Softmax scores (qwen3_moe), or sigmoid scores (deepseek_v3, kimi_k2, glm4_moe, minimax_m2) with a learned correction
+bias that takes part in the choice only and, optionally, a first choice among groups of experts. Best first; a tie goes
+to the lower expert id.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import numpy.typing as npt
 
 from services.model import numerics
 from services.model.checkpoint import TensorSpec, Weights
-from services.model.config import ModelConfig
+from services.model.model_config import ModelConfig
 
 
 class Router:
     """The gate of one layer."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
-        prefix = f"model.layers.{layer_idx}.mlp.gate"
+        prefix, names = f"model.layers.{layer_idx}.{config.names.mlp}", config.names
         self._config = config
-        self._weight = weights.matrix(f"{prefix}.weight")
-        self._correction_bias = weights.optional_vector(f"{prefix}.e_score_correction_bias")
+        self._weight = weights.array(f"{prefix}.{names.gate}")
+        self._correction_bias = weights.optional_vector(f"{prefix}.{names.correction_bias}")
+        if self._correction_bias is None and config.scoring == "sigmoid":
+            self._correction_bias = np.zeros(config.num_experts, dtype=np.float32)
 
     @staticmethod
-    def specs(config: ModelConfig, layer_idx: int, *, correction_bias: bool) -> list[TensorSpec]:
+    def specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
         """Return the tensors of one layer's gate."""
-        prefix = f"model.layers.{layer_idx}.mlp.gate"
-        specs = [TensorSpec(f"{prefix}.weight", (config.num_experts, config.hidden_size))]
-        if correction_bias:
-            specs.append(TensorSpec(f"{prefix}.e_score_correction_bias", (config.num_experts,)))
+        prefix, names = f"model.layers.{layer_idx}.{config.names.mlp}", config.names
+        specs = [TensorSpec(f"{prefix}.{names.gate}", (config.num_experts, config.hidden_size))]
+        if config.gate_correction_bias:
+            specs.append(TensorSpec(f"{prefix}.{names.correction_bias}", (config.num_experts,)))
         return specs
 
     def route(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -2,11 +2,11 @@
 
     python -m tests.e2e.parity_matrix --python .venv-parity/bin/python
 
-For each family a new random checkpoint is made (with the interpreter given, which has torch and transformers) together
-with transformers' greedy tokens of 20 prompts. Then, for 1 and 2 DP groups and 1, 2 and 4 expert workers, a pod
-serves it, and the official `openai` client streams each prompt as a chat and as token ids, alone and 32 at once. Token
-ids must equal transformers'; log-probabilities must have the very bits of the monolithic oracle. Prints one line per
-pod and ends with exit code 1 if anything differed.
+For each variant of a family a new random checkpoint is made (with the interpreter given, which has torch and
+transformers) together with transformers' greedy tokens of 20 prompts. Then, for 1 and 2 DP groups and 1, 2 and 4 expert
+workers (for the lesser variants one topology), a pod serves it, and the official `openai` client streams each prompt as
+a chat and as token ids, alone and 32 at once. Token ids must equal transformers'; log-probabilities must have the very
+bits of the monolithic oracle. Prints one line per pod and ends with exit code 1 if anything differed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,22 @@ from services.model.reference import ReferenceModel
 from services.model.sampling import token_logprob
 from tests.harness.pod import running_pod
 
-FAMILIES = ("qwen3_moe", "deepseek_v3")
+MAIN = (
+    "qwen3_moe",
+    "deepseek_v3",
+    "kimi_k2",
+    "glm4_moe",
+    "minimax_m2_fp8",
+)  # one of each family, all topologies
+OTHERS = (
+    "qwen3_moe_bf16",
+    "deepseek_v3_plain",
+    "glm4_moe_air",
+    "minimax_m2",
+    "qwen3",
+    "llama",
+)  # one topology
+VARIANTS = (*MAIN, *OTHERS)
 DP_GROUPS = (1, 2)
 EXPERT_WORKERS = (1, 2, 4)
 NUM_PROMPTS = 20
@@ -35,11 +50,11 @@ NUM_TOGETHER = 32
 Case = tuple[list[int], list[int]]  # prompt, transformers' greedy tokens
 
 
-def make_checkpoint(python: str, family: str, out: Path, seed: int) -> list[Case]:
+def make_checkpoint(python: str, variant: str, out: Path, seed: int) -> list[Case]:
     """Make a random checkpoint and transformers' answers with the development interpreter; return the answers."""
-    script = Path(__file__).parents[1] / "parity" / "make_goldens.py"
-    command = [python, str(script), "--family", family, "--out", str(out), "--seed", str(seed)]
-    subprocess.run([*command, "--prompts", str(NUM_PROMPTS)], check=True)
+    command = [python, "-m", "tests.parity.make_goldens", "--variant", variant, "--out", str(out)]
+    arguments = ["--seed", str(seed), "--prompts", str(NUM_PROMPTS)]
+    subprocess.run([*command, *arguments], cwd=Path(__file__).parents[2], check=True)
     expected = json.loads((out / "expected.json").read_text())
     return list(zip(expected["prompts"], expected["greedy"], strict=True))
 
@@ -112,26 +127,33 @@ async def compare_with(client: openai.AsyncOpenAI, cases: list[Case], model: Ref
     return problems
 
 
-def run_family(family: str, python: str, seed: int) -> int:
-    """Make the family's checkpoint and run all pods; return the number of problems."""
+def topologies(variant: str) -> list[tuple[int, int]]:
+    """Return the (DP groups, expert workers) that a variant is served with."""
+    if variant in OTHERS:
+        return [(2, 4)]
+    return [(groups, workers) for groups in DP_GROUPS for workers in EXPERT_WORKERS]
+
+
+def run_variant(variant: str, python: str, seed: int) -> int:
+    """Make the variant's checkpoint and run its pods; return the number of problems."""
     count = 0
     with tempfile.TemporaryDirectory(prefix="xds-parity-") as folder:
         checkpoint = Path(folder) / "random"
-        cases = make_checkpoint(python, family, checkpoint, seed)
+        cases = make_checkpoint(python, variant, checkpoint, seed)
         model = ReferenceModel.load(checkpoint)
-        for dp_groups in DP_GROUPS:
-            for expert_workers in EXPERT_WORKERS:
-                started = time.monotonic()
-                with running_pod(checkpoint, dp_groups=dp_groups, expert_workers=expert_workers) as pod:
-                    problems = asyncio.run(compare(pod.url, cases, model))
-                verdict = "equal" if not problems else f"{len(problems)} DIFFER"
-                print(
-                    f"{family} dp_groups={dp_groups} expert_workers={expert_workers} seed={seed}: "
-                    f"{NUM_PROMPTS} alone, {NUM_TOGETHER} at once: {verdict} ({time.monotonic() - started:.1f} s)"
-                )
-                for problem in problems[:5]:
-                    print(f"    {problem}")
-                count += len(problems)
+        for dp_groups, expert_workers in topologies(variant):
+            started = time.monotonic()
+            with running_pod(checkpoint, dp_groups=dp_groups, expert_workers=expert_workers) as pod:
+                problems = asyncio.run(compare(pod.url, cases, model))
+            verdict = "equal" if not problems else f"{len(problems)} DIFFER"
+            print(
+                f"{variant} dp_groups={dp_groups} expert_workers={expert_workers} seed={seed}: "
+                f"{NUM_PROMPTS} alone, {NUM_TOGETHER} at once: {verdict} ({time.monotonic() - started:.1f} s)",
+                flush=True,
+            )
+            for problem in problems[:5]:
+                print(f"    {problem}")
+            count += len(problems)
     return count
 
 
@@ -140,10 +162,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--python", required=True, help="interpreter that has torch and transformers")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000, help="of the random weights")
-    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
     arguments = parser.parse_args()
-    families = arguments.family or FAMILIES
-    return 1 if sum(run_family(f, arguments.python, arguments.seed) for f in families) else 0
+    variants = arguments.variant or VARIANTS
+    return 1 if sum(run_variant(v, arguments.python, arguments.seed) for v in variants) else 0
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests.parity.make_goldens import FAMILIES, GOLDENS, greedy
+from tests.parity.make_goldens import GOLDENS, greedy
+from tests.parity.random_models import VARIANTS, load_reference
 
 LOGIT_ERROR_MAX = 1e-5
 
@@ -24,9 +24,7 @@ LOGIT_ERROR_MAX = 1e-5
 @torch.no_grad()
 def check(folder: Path) -> list[str]:
     """Return what differs between transformers and the goldens of one checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    model = load_reference(folder)
     expected = json.loads((folder / "expected.json").read_text())
     problems = [
         f"{folder.name}: prompt {i}: tokens differ"
@@ -43,13 +41,13 @@ def check(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Check every family; return the exit code."""
+    """Check every golden; return the exit code."""
     torch.set_num_threads(1)
     found = 0
-    for family in FAMILIES:
-        problems = check(GOLDENS / family)
+    for variant in VARIANTS:
+        problems = check(GOLDENS / variant)
         found += len(problems)
-        sys.stdout.write("\n".join([*problems, f"{family}: {len(problems)} differences"]) + "\n")
+        sys.stdout.write("\n".join([*problems, f"{variant}: {len(problems)} differences"]) + "\n")
     return 1 if found else 0
 
 

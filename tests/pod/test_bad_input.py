@@ -137,8 +137,31 @@ def broken_config(folder: Path) -> str:
 
 
 def unsupported_family(folder: Path) -> str:
-    set_config(folder, model_type="llama")
-    return 'config.json: model_type = "llama": supported are deepseek_v3, qwen3_moe'
+    set_config(folder, model_type="gpt2")
+    return 'config.json: model_type = "gpt2": supported are deepseek_v3, glm4_moe, '
+
+
+def unsupported_rope(folder: Path) -> str:
+    set_config(folder, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
+    return 'config.json: rope_parameters: rope_type = "longrope": supported are default, linear, yarn'
+
+
+def unsupported_quantization(folder: Path) -> str:
+    set_config(folder, quantization_config={"quant_method": "compressed-tensors"})
+    return 'config.json: quantization_config: quant_method = "compressed-tensors": supported is fp8'
+
+
+def layer_too_many(folder: Path) -> str:
+    set_config(folder, num_hidden_layers=2)
+    return "tensor model.layers.2.input_layernorm.weight and 36 more: not part of qwen3_moe"
+
+
+def weight_that_is_no_number(folder: Path) -> str:
+    path = folder / SECOND_SHARD
+    content = bytearray(path.read_bytes())
+    content[-2:] = b"\xc0\x7f"  # NaN in bfloat16
+    path.write_bytes(content)
+    return f"{path}: tensor model.norm.weight holds NaN or infinity"
 
 
 def missing_shard(folder: Path) -> str:
@@ -191,7 +214,17 @@ Damage = Callable[[Path], str]
 
 @pytest.mark.parametrize(
     "damage",
-    [no_folder, no_config, no_weights, unsupported_family, missing_shard, truncated_shard, no_tokenizer],
+    [
+        no_folder,
+        no_config,
+        no_weights,
+        unsupported_family,
+        layer_too_many,
+        weight_that_is_no_number,
+        missing_shard,
+        truncated_shard,
+        no_tokenizer,
+    ],
 )
 def test_a_pod_of_a_damaged_checkpoint(place: Bench, damage: Damage) -> None:
     folder = copy_checkpoint(SHARDED, place.base / "model")
@@ -205,6 +238,8 @@ def test_a_pod_of_a_damaged_checkpoint(place: Bench, damage: Damage) -> None:
     ("service", "damage"),
     [
         ("expert", broken_config),
+        ("expert", unsupported_rope),
+        ("attention", unsupported_quantization),
         ("expert", corrupted_header),
         ("attention", header_without_end),
         ("expert", other_shape),

@@ -11,9 +11,14 @@ import numpy.typing as npt
 import pytest
 
 from bus.errors import ConfigError
-from services.model.checkpoint import Checkpoint, TensorSpec, merge_runs, read_header
+from services.model import checkpoint as checkpoint_module
+from services.model.block_scaled import BlockScaled
+from services.model.checkpoint import Checkpoint, TensorSpec, merge_runs
+from services.model.model_config import Fp8Config
+from services.model.safetensors_header import read_header
 
-DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64"}
+DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "uint8": "F8_E4M3"}
+BLOCKS = Fp8Config(block_rows=2, block_columns=4)
 
 
 def write(path: Path, tensors: dict[str, npt.NDArray[Any]], **changes: Any) -> None:
@@ -68,7 +73,7 @@ def test_only_the_pages_needed_are_mapped_and_neighbours_share(tmp_path: Path) -
 def test_one_entry_of_a_stacked_tensor(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", {"w": floats(4, 2, 3)})
     weights = Checkpoint.open(tmp_path).load([TensorSpec("w", (2, 3), 1), TensorSpec("w", (2, 3), 3)])
-    np.testing.assert_array_equal(weights.matrix("w", 3), floats(4, 2, 3)[3])
+    np.testing.assert_array_equal(weights.array("w", 3), floats(4, 2, 3)[3])
     assert weights.held_bytes == 48
     with pytest.raises(ConfigError, match=r"tensor w has shape \[4, 2, 3\]"):
         Checkpoint.open(tmp_path).load([TensorSpec("w", (2, 3), 4)])
@@ -118,6 +123,63 @@ def test_what_does_not_fit_the_config_is_named(tmp_path: Path) -> None:
         checkpoint.load([TensorSpec("a", (3, 2))])
     with pytest.raises(ConfigError, match="tensor ids is I64; supported are F32"):
         checkpoint.load([TensorSpec("ids", (2,))])
+
+
+def test_eight_bit_matrices_come_with_their_factors(tmp_path: Path) -> None:
+    values = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    tensors = {"a.weight": values, "a.weight_scale_inv": np.full((2, 2), 0x3F80, dtype=np.uint16)}
+    write(tmp_path / "model.safetensors", tensors)
+    spec = TensorSpec("a.weight", (3, 5), quantisable=True)
+    checkpoint = Checkpoint.open(tmp_path, BLOCKS)
+    assert checkpoint.check(spec) == ["a.weight", "a.weight_scale_inv"]
+    weights = checkpoint.load([spec])
+    matrix = weights.matrix("a.weight")
+    assert isinstance(matrix, BlockScaled)
+    np.testing.assert_array_equal(matrix.values, values)
+    np.testing.assert_array_equal(matrix.scale, np.ones((2, 2)))
+    assert (weights.tensor_names, weights.held_bytes) == (("a.weight",), 15 + 16)
+
+    with pytest.raises(ConfigError, match=r"a\.weight is F8_E4M3: config\.json has no quantization_config"):
+        Checkpoint.open(tmp_path).load([spec])
+    with pytest.raises(ConfigError, match=r"a\.weight is F8_E4M3: only projections"):
+        checkpoint.load([TensorSpec("a.weight", (3, 5))])
+    wide = Fp8Config(block_rows=2, block_columns=2)
+    with pytest.raises(ConfigError, match=r"_scale_inv has shape \[2, 2\], config\.json says \[2, 3\]"):
+        Checkpoint.open(tmp_path, wide).load([spec])
+    write(tmp_path / "model.safetensors", {"a.weight": values})
+    with pytest.raises(ConfigError, match=r"tensor a\.weight_scale_inv is missing"):
+        Checkpoint.open(tmp_path, BLOCKS).check(spec)
+
+
+@pytest.mark.parametrize("where", [0, 11, 299])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, where: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = floats(300)
+    tensor[where] = np.nan
+    write(tmp_path / "model.safetensors", {"a": floats(4), "b": tensor})
+    specs = [TensorSpec("a", (4,)), TensorSpec("b", (300,))]
+    with pytest.raises(ConfigError, match=r"model\.safetensors: tensor b holds NaN or infinity"):
+        Checkpoint.open(tmp_path).load(specs)
+    monkeypatch.setattr(checkpoint_module, "FULL_CHECK_BYTES", 64)
+    monkeypatch.setattr(checkpoint_module, "EDGE_BYTES", 40)
+    if where == 11:  # the middle of a tensor of a checkpoint too large to be read at start
+        Checkpoint.open(tmp_path).load(specs)
+        return
+    with pytest.raises(ConfigError, match="tensor b holds NaN or infinity"):
+        Checkpoint.open(tmp_path).load(specs)
+
+
+def test_a_bad_factor_or_entry_is_refused(tmp_path: Path) -> None:
+    scale = np.array([[1.0, np.inf]], dtype=np.float32)
+    tensors = {"a.weight": np.zeros((1, 5), dtype=np.uint8), "a.weight_scale_inv": scale}
+    stacked = floats(3, 2, 2)
+    stacked[1, 0, 0] = -np.inf
+    write(tmp_path / "model.safetensors", {**tensors, "s": stacked})
+    with pytest.raises(ConfigError, match=r"tensor a\.weight_scale_inv holds NaN or infinity"):
+        Checkpoint.open(tmp_path, BLOCKS).load([TensorSpec("a.weight", (1, 5), quantisable=True)])
+    with pytest.raises(ConfigError, match=r"tensor s\[1\] holds NaN or infinity"):
+        Checkpoint.open(tmp_path).load([TensorSpec("s", (2, 2), 0), TensorSpec("s", (2, 2), 1)])
 
 
 @pytest.mark.parametrize(
