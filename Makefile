@@ -24,13 +24,14 @@ EXTENSIONS := $(VENV)/.stamp-extensions
 TOOLS := $(VENV)/.stamp-tools
 PARITY := $(PARITY_VENV)/.stamp
 BENCH := $(BENCH_VENV)/.stamp
+BENCH_MODEL := $(BENCH_VENV)/.stamp-model
 
 # The requirements of an extra of pyproject.toml, one on each line.
 extra = $(PYTHON) -c 'import sys, tomllib; \
   project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*project["optional-dependencies"][sys.argv[1]], sep="\n")' $(1)
 
-.PHONY: help check setup up down test lint bench bench-serve parity chaos test-native test-docker clean
+.PHONY: help check setup up down test lint bench bench-model bench-serve parity chaos test-native test-docker clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -95,6 +96,11 @@ $(BENCH): $(RUNTIME) $(EXTENSIONS)
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]'
 	@touch $@
 
+$(BENCH_MODEL): $(BENCH)
+	@echo "bench: installing transformers and llama.cpp (which compiles for some minutes) into $(BENCH_VENV)"
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench-model]'
+	@touch $@
+
 setup: $(TOOLS) $(EXTENSIONS) ## make .venv, install everything, build the C extensions
 
 up: $(RUNTIME) $(EXTENSIONS) ## serve the demo model until Ctrl-C (ARGS="--model DIR --port N ...")
@@ -114,6 +120,9 @@ test: lint ## lint, then all tests that take seconds
 
 bench: $(BENCH) ## measure the bus against MPI, iceoryx2, ZeroMQ, gloo (ARGS="--quick --json FILE")
 	$(BENCH_VENV)/bin/xds bench bus $(ARGS)
+
+bench-model: $(BENCH_MODEL) ## measure the engine alone against transformers and llama.cpp (ARGS="--batch 1 8")
+	$(BENCH_VENV)/bin/xds bench model $(ARGS)
 
 bench-serve: setup ## measure a whole pod over HTTP (ARGS="--concurrency 1 8 32 --json")
 	$(BIN)/python -m tests.bench.serve $(ARGS)

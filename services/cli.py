@@ -12,7 +12,7 @@ from bus import config as settings
 from bus.config import PodConfig
 from bus.errors import BusError, ConfigError, ResourceError
 from bus.shutdown import EXIT_CONFIG, EXIT_FAILURE, EXIT_RESOURCE
-from services.cli_bench import add_arguments as add_bench_arguments
+from services import cli_bench, cli_bench_model
 
 EXIT_CODES = """\
 exit codes:
@@ -75,10 +75,10 @@ def _dispatch(options: argparse.Namespace, config: PodConfig) -> int:
             from services.doctor import doctor
 
             return doctor(config)
+        case "bench" if options.subject == "bus":
+            return cli_bench.bench(config, options)
         case "bench":
-            from services.cli_bench import bench
-
-            return bench(config, options)
+            return cli_bench_model.bench(options)
         case _:
             return _print_config(config)
 
@@ -145,7 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     kill.add_argument("target", metavar="SERVICE[/I]")
     kill.add_argument("--signal", choices=("KILL", "STOP", "CONT", "TERM"), default="KILL")
     add("doctor", "check that this machine can run a pod")
-    add_bench_arguments(add("bench", "measure the bus against other transports"))
+    bench = commands.add_parser("bench", help="measure against others", description="Measure against others.")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for subject, text, add_arguments in (
+        ("bus", "the bus against other transports", cli_bench.add_arguments),
+        ("model", "the engine alone against transformers and llama.cpp", cli_bench_model.add_arguments),
+    ):
+        add_arguments(subjects.add_parser(subject, help=text, description=text, parents=[shared]))
     add("config", "print the settings that are in force, as TOML keys")
     return parser
 

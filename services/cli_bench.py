@@ -32,7 +32,6 @@ class Interrupted(BaseException):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     standard = Plan()
-    parser.add_argument("subject", choices=("bus",), metavar="bus", help="what to measure")
     for flag, given, text in (
         ("--only", SECTIONS, "sections"),
         ("--peers", PEERS, "transports beside ours; none with --peers ours"),

@@ -142,7 +142,9 @@ def ring() -> None:
     """The ring with its positions in words."""
     layout, count = RingLayout(num_slots=8, slot_bytes=64), 3_000
     name = segment_name(POD, "attention", 5, 1)
-    segment = Segment.create(name, SegmentLayout(2, 1 << 16, 4096), service="attention", index=5, incarnation=1)
+    segment = Segment.create(
+        name, SegmentLayout(2, 1 << 16, 4096), service="attention", index=5, incarnation=1
+    )
     base = segment.layout.app_offset
     filled, emptied = Doorbell(segment.buf, base), Doorbell(segment.buf, base + 64)
 

@@ -40,6 +40,7 @@ def test_help_lists_every_target() -> None:
         "test",
         "lint",
         "bench",
+        "bench-model",
         "bench-serve",
         "parity",
         "chaos",

@@ -1,0 +1,1 @@
+"""`xds bench model`: one checkpoint in several engines, side by side."""
