@@ -21,6 +21,15 @@ setup(
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),
         Extension(
+            "bus.memory._relay",
+            [
+                *(f"bus/memory/_relay{part}.c" for part in ("", "_attention", "_expert")),
+                "bus/memory/_collectives_rows.c",
+            ],
+            depends=["bus/memory/_native.h", "bus/memory/_relay.h", "bus/memory/_collectives_rows.h"],
+            extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
+        ),
+        Extension(
             "services.model._kernels",
             ["services/model/_kernels.c"],
             depends=["services/model/_kernels_impl.h", "services/model/_arguments.h"],

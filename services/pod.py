@@ -7,21 +7,32 @@ from collections.abc import Callable
 
 from bus.config import PodConfig
 from bus.control.member import Member
+from bus.control.messages import PodMap
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment, check_memory, sweep, total_bytes
-from bus.xccl.a2e import A2EShape
+from bus.xccl.endpoint import Rank
+from bus.xccl.group import AddressTable
+from bus.xccl.relay_layout import RelayShape
 from services.model.config import ModelConfig
 
 
-def a2e_shape(config: PodConfig, model: ModelConfig) -> A2EShape:
+def a2e_shape(config: PodConfig, model: ModelConfig) -> RelayShape:
     """Return the shape of A2E/E2A that every process of the pod derives from the same settings."""
-    return A2EShape(
+    return RelayShape(
         num_attention_ranks=config.topology.dp_groups,
         num_expert_ranks=config.topology.expert_workers,
         rows_max=config.scheduler.max_num_batched_tokens,
         num_slots=model.top_k + int(model.has_shared_expert),
         hidden=model.hidden_size,
+        has_trampolines=False,
     )
+
+
+def learn_addresses(table: AddressTable, pod_map: PodMap) -> None:
+    """Tell `table` where every member with a segment lives."""
+    for member in pod_map.members:
+        if member.segment:
+            table.learn(Rank(member.service, member.index), member.incarnation, member.segment)
 
 
 def create_segment(config: PodConfig, member: Member, layout: SegmentLayout) -> Segment:

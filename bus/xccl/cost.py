@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
@@ -40,6 +40,14 @@ class RouteCost:
         """Return the expected duration of an exchange with `num_targets` expert ranks and `num_bytes` both ways."""
         return self.fixed_ns + self.per_target_ns * num_targets + self.per_byte_ns * num_bytes
 
+    def never_exceeds(self, other: RouteCost) -> bool:
+        """Tell whether this way costs at most as much as the other, whatever the exchange."""
+        return (
+            self.fixed_ns <= other.fixed_ns
+            and self.per_target_ns <= other.per_target_ns
+            and self.per_byte_ns <= other.per_byte_ns
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -56,6 +64,16 @@ class CostRule:
 
     direct: RouteCost
     trampoline: RouteCost
+
+    only: Route | None = field(init=False)  # the way of every exchange, where one way never costs less
+
+    def __post_init__(self) -> None:
+        only = None
+        if self.direct.never_exceeds(self.trampoline):
+            only = Route.DIRECT
+        elif self.trampoline.never_exceeds(self.direct):
+            only = Route.TRAMPOLINE
+        object.__setattr__(self, "only", only)
 
     def choose(self, num_targets: int, num_bytes: int) -> Route:
         """Return the way for an exchange with `num_targets` expert ranks and `num_bytes` both ways."""

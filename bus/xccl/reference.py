@@ -26,7 +26,7 @@ def exchange(
     *,
     int8: bool = False,
 ) -> Float32Array:
-    """Return what `a2e_send` followed by `e2a_recv` must yield (twin of `bus.xccl.a2e` and `bus.xccl.trampoline`).
+    """Return what `a2e_send` followed by `e2a_recv` must yield (twin of `bus.xccl.trampoline`).
 
     Args:
         x: [num_rows, hidden] float32.

@@ -30,7 +30,9 @@ With several DP domains, the ranks of each domain use the same trampolines at se
 from __future__ import annotations
 
 import enum
+import mmap
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -41,21 +43,8 @@ from bus.memory.segment import Segment
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
-Rows = npt.NDArray[np.float32] | npt.NDArray[np.int8]
 
-FAILED = (
-    1 << 63
-)  # in w2 of an E2A cell: the exchange failed, the low 32 bits say because of which expert rank
 U32 = 0xFFFFFFFF
-
-
-class Stage(enum.Enum):
-    """The four hops of an exchange; the direct way has the first and the last."""
-
-    A2E = "a2e"
-    A2E_FORWARD = "a2e_forward"
-    E2A_FORWARD = "e2a_forward"
-    E2A = "e2a"
 
 
 class CellKind(enum.Enum):
@@ -76,25 +65,6 @@ class CellPlace(NamedTuple):
     microbatch: int
 
 
-@dataclass(slots=True)
-class SourceBlock:
-    """Views of a source block."""
-
-    x: Rows
-    x_scale: Float32Array
-    starts: Int32Array
-    pair_row: Int32Array
-    pair_expert: Int32Array
-
-
-@dataclass(slots=True)
-class ResultBlock:
-    """Views of a result block."""
-
-    y: Rows
-    y_scale: Float32Array
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayShape:
     """Sizes from which all ranks derive the same places."""
@@ -107,6 +77,7 @@ class RelayShape:
     num_microbatches: int = 1
     num_domains: int = 1  # DP domains, equal in number of attention ranks but for the last
     int8: bool = False
+    has_trampolines: bool = True  # False saves the memory of the seats
 
     def __post_init__(self) -> None:
         for name in ("num_attention_ranks", "num_expert_ranks", "rows_max", "num_slots", "hidden"):
@@ -128,7 +99,11 @@ class RelayShape:
     @property
     def num_seats(self) -> int:
         """Attention ranks that one trampoline may have to serve."""
-        return self.num_domains * -(-self.domain_ranks // self.num_expert_ranks)
+        return self.num_domains * self._domain_seats if self.has_trampolines else 0
+
+    @property
+    def _domain_seats(self) -> int:
+        return -(-self.domain_ranks // self.num_expert_ranks)
 
     def trampoline_of(self, attention: int) -> int:
         """Return the expert rank that takes from attention rank `attention`: its place in its domain, mod E."""
@@ -137,11 +112,11 @@ class RelayShape:
     def seat_of(self, attention: int) -> int:
         """Return the seat of `attention` at its trampoline."""
         domain, place = divmod(attention, self.domain_ranks)
-        return domain * -(-self.domain_ranks // self.num_expert_ranks) + place // self.num_expert_ranks
+        return domain * self._domain_seats + place // self.num_expert_ranks
 
     def guest(self, expert: int, seat: int) -> int:
         """Return the attention rank at `seat` of trampoline `expert`; it may be >= `num_attention_ranks`: nobody."""
-        domain, round_ = divmod(seat, -(-self.domain_ranks // self.num_expert_ranks))
+        domain, round_ = divmod(seat, self._domain_seats)
         place = round_ * self.num_expert_ranks + expert
         return domain * self.domain_ranks + place if place < self.domain_ranks else self.num_attention_ranks
 
@@ -164,6 +139,11 @@ class RelayShape:
         return self.rows_max * self.row_bytes, scale, 4 * (self.num_expert_ranks + 1), pairs, pairs
 
     @property
+    def _source_places(self) -> list[int]:
+        ends = accumulate(align_up(part, LINE_BYTES) for part in self._source_parts)
+        return [0, *ends][:-1]
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of a source block."""
         return sum(align_up(part, LINE_BYTES) for part in self._source_parts)
@@ -174,33 +154,15 @@ class RelayShape:
         scale = 4 * self.pairs_max if self.int8 else 0
         return align_up(self.pairs_max * self.row_bytes, LINE_BYTES) + align_up(scale, LINE_BYTES)
 
-    def source(self, segment: Segment, offset: int) -> SourceBlock:
-        """Return the views of the source block `offset` bytes into the managed area; IndexError outside it."""
-        places, at = [], segment.layout.managed_offset + offset
-        for part in self._source_parts:
-            places.append(at)
-            at += align_up(part, LINE_BYTES)
-        x: Rows
-        if self.int8:
-            x = segment.array(places[0], (self.rows_max, self.hidden), np.int8)
-        else:
-            x = segment.array(places[0], (self.rows_max, self.hidden), np.float32)
-        return SourceBlock(
-            x,
-            segment.array(places[1], (self.rows_max if self.int8 else 0,), np.float32),
-            segment.array(places[2], (self.num_expert_ranks + 1,), np.int32),
-            segment.array(places[3], (self.pairs_max,), np.int32),
-            segment.array(places[4], (self.pairs_max,), np.int32),
-        )
-
-    def result(self, segment: Segment, offset: int) -> ResultBlock:
-        """Return the views of the result block `offset` bytes into the managed area; IndexError outside it."""
-        at = segment.layout.managed_offset + offset
-        scale_at = at + align_up(self.pairs_max * self.row_bytes, LINE_BYTES)
-        scale = segment.array(scale_at, (self.pairs_max if self.int8 else 0,), np.float32)
-        if self.int8:
-            return ResultBlock(segment.array(at, (self.pairs_max, self.hidden), np.int8), scale)
-        return ResultBlock(segment.array(at, (self.pairs_max, self.hidden), np.float32), scale)
+    def geometry(self, rank: int) -> tuple[int, ...]:
+        """Return the numbers from which bus/memory/_relay.c finds every block and cell; it checks them."""
+        _, x_scale, starts, pair_row, pair_expert = self._source_places
+        sizes = (self.num_attention_ranks, self.num_expert_ranks, self.rows_max, self.num_slots, self.hidden)
+        seats = (self.domain_ranks, self._domain_seats, self.num_seats)
+        source = (self.source_bytes, x_scale, starts, pair_row, pair_expert)
+        y_scale = align_up(self.pairs_max * self.row_bytes, LINE_BYTES)
+        results = (self.result_bytes, y_scale, self.seat_source(0, 0), self.seat_result(0, 0))
+        return (rank, *sizes, self.num_microbatches, int(self.int8), *seats, *source, *results)
 
     def attention_source(self, microbatch: int) -> int:
         """Return the place of an attention rank's source block."""
@@ -269,34 +231,7 @@ class RelayShape:
         return CellPlace(CellKind.RETURN, expert, seat, microbatch)
 
 
-class BlockViews:
-    """Views of blocks that were made before; making them anew costs more than small exchanges do."""
-
-    def __init__(self, shape: RelayShape) -> None:
-        self._shape = shape
-        self._version = -1
-        self._sources: dict[tuple[str, int], SourceBlock] = {}
-        self._results: dict[tuple[str, int], ResultBlock] = {}
-
-    def expire(self, version: int) -> None:
-        """Drop all views when the address table has changed since: they would keep dead segments mapped."""
-        if version != self._version:
-            self._version = version
-            self._sources.clear()
-            self._results.clear()
-
-    def source(self, segment: Segment, offset: int) -> SourceBlock:
-        """Return `RelayShape.source(segment, offset)`."""
-        key = (segment.name, offset)
-        block = self._sources.get(key)
-        if block is None:
-            block = self._sources[key] = self._shape.source(segment, offset)
-        return block
-
-    def result(self, segment: Segment, offset: int) -> ResultBlock:
-        """Return `RelayShape.result(segment, offset)`."""
-        key = (segment.name, offset)
-        block = self._results.get(key)
-        if block is None:
-            block = self._results[key] = self._shape.result(segment, offset)
-        return block
+def segment_words(segment: Segment) -> tuple[mmap.mmap, int, int, int]:
+    """Return what bus/memory/_relay.c needs of a segment: buffer, incarnation, offsets of cells and managed area."""
+    layout = segment.layout
+    return segment.buf, segment.incarnation, layout.cells_offset, layout.managed_offset

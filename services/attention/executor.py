@@ -21,8 +21,10 @@ from bus.config import XcclConfig
 from bus.control.messages import PlannedSequence, PodMap, SampledToken, StepCompleted, StepPlan, TokenLogprob
 from bus.errors import PeerDied, PeerStalled, SegmentCorrupt
 from bus.memory.segment import Segment
-from bus.xccl.a2e import A2EHandle, AttentionSide
+from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
+from bus.xccl.group import AddressTable
+from bus.xccl.trampoline import RoutedAttention
 from services.attention.core import ExpertDirectory, StepRows, check_plan, lay_out
 from services.balance.placement import ExpertMap
 from services.model import sampling
@@ -43,6 +45,14 @@ class ExpertsAway(Exception):
     """Expert workers stayed away longer than `xccl.peer_wait_timeout_ms`; the text names them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The way to the expert workers: the exchange, and the addresses that it looks up."""
+
+    side: RoutedAttention
+    table: AddressTable
+
+
 @dataclass(slots=True)
 class ExecutorCounters:
     """Work done by this worker; read by the control loop for heartbeats."""
@@ -61,7 +71,7 @@ class StepExecutor:
         self,
         model: AttentionModel,
         kv: KvCache,
-        side: AttentionSide,
+        experts: Experts,
         segment: Segment,
         expert_map: ExpertMap,
         settings: XcclConfig,
@@ -72,7 +82,8 @@ class StepExecutor:
         block_tokens: int,
     ):
         """`rows_max` is the largest step in tokens; KV holds `num_blocks` blocks of `block_tokens` tokens."""
-        self._model, self._kv, self._side, self._segment = model, kv, side, segment
+        self._model, self._kv, self._segment = model, kv, segment
+        self._side, self._table = experts.side, experts.table
         self._expert_map, self._settings, self._dp_rank = expert_map, settings, dp_rank
         self._rows_max, self._num_blocks, self._block_tokens = rows_max, num_blocks, block_tokens
         self._directory = ExpertDirectory(expert_map.num_expert_ranks)
@@ -135,7 +146,8 @@ class StepExecutor:
     # ------------------------------------------------------------------ exchange with the experts
 
     def _exchange(self, layer: int, moe: MoeInput) -> Float32Array:
-        slot_expert, slot_rank = self._expert_map.slots(moe.topk_idx, self._dp_rank + self._step_seq)
+        slots = self._expert_map.slots(moe.topk_idx, self._dp_rank + self._step_seq)
+        slot_expert, slot_rank = map(np.ascontiguousarray, slots)
         out = self._expert_out[: moe.x.shape[0]]
         give_up = Deadline.after_ms(self._settings.peer_wait_timeout_ms)
         attempt = 0
@@ -145,16 +157,13 @@ class StepExecutor:
             event = Event(step=self._step_seq, layer=layer, attempt=attempt)
             try:
                 handle = self._side.a2e_send(moe.x, slot_rank, slot_expert, event)
-                self._receive(handle, out)
+                self._side.e2a_recv(handle, out, Deadline.after_ms(self._settings.stall_timeout_ms))
+                self._segment.beat()
             except (PeerDied, PeerStalled, SegmentCorrupt) as error:
                 self._note_loss(error, give_up)
                 continue
             self.counters.exchanges += 1
             return out
-
-    def _receive(self, handle: A2EHandle, out: Float32Array) -> None:
-        self._side.e2a_recv(handle, out, Deadline.after_ms(self._settings.stall_timeout_ms))
-        self._segment.beat()
 
     def _note_loss(self, error: PeerDied | PeerStalled | SegmentCorrupt, give_up: Deadline) -> None:
         self.counters.exchange_retries += 1
@@ -164,10 +173,11 @@ class StepExecutor:
             raise ExpertsAway(str(error)) from error
 
     def _note_dead(self) -> None:
-        for rank in range(self._expert_map.num_expert_ranks):
-            incarnation = self._side.incarnation_of(rank)
-            if incarnation and not self._side.alive(rank):
-                self._directory.lost(rank, incarnation)
+        for index in range(self._expert_map.num_expert_ranks):
+            rank = Rank("expert", index)
+            incarnation = self._table.incarnation(rank)
+            if incarnation and not self._table.alive(rank):
+                self._directory.lost(index, incarnation)
 
     def _connect_experts(self, give_up: Deadline) -> None:
         while True:
@@ -185,11 +195,12 @@ class StepExecutor:
 
     def _attach_new(self) -> None:
         for member in self._directory.to_connect(self.pod_map()):
+            rank = Rank("expert", member.index)
+            self._table.learn(rank, member.incarnation, member.segment)
             try:
-                segment = Segment.attach(member.segment)
-            except FileNotFoundError:
+                self._table.segment(rank, asker=f"attention-{self._dp_rank}")
+            except PeerDied:
                 continue  # died in between; the next map names its successor
-            self._side.connect(member.index, segment)
             self._directory.connected(member.index, member.incarnation)
             self._log.info("expert_connected", rank=member.index, incarnation=member.incarnation)
 

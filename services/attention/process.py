@@ -29,8 +29,9 @@ from bus.control.messages import ExecutorReady
 from bus.errors import ConfigError
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
-from bus.xccl.a2e import AttentionSide
-from services.attention.executor import StepExecutor
+from bus.xccl.group import AddressTable
+from bus.xccl.trampoline import RoutedAttention
+from services.attention.executor import Experts, StepExecutor
 from services.attention.hot_loop import HotLoop
 from services.balance.placement import ExpertMap
 from services.model.attention_model import AttentionModel
@@ -54,7 +55,8 @@ async def attention_main(config: PodConfig, index: int) -> None:
         shape = a2e_shape(config, model_config)
         num_blocks = config.kv.cache_tokens // config.kv.block_tokens
         kv_bytes = model.kv_bytes(num_blocks, config.kv.block_tokens)
-        layout = SegmentLayout(shape.attention_cells, shape.attention_managed_bytes, kv_bytes)
+        data = shape.attention_layout()
+        layout = SegmentLayout(data.num_cells, data.managed_bytes, kv_bytes)
         segment = create_segment(config, member, layout)
         try:
             await serve(config, member, segment, model, num_blocks)
@@ -91,14 +93,9 @@ async def serve(
     config: PodConfig, member: Member, segment: Segment, model: AttentionModel, num_blocks: int
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
-    side = AttentionSide(
-        segment,
-        a2e_shape(config, model.config),
-        member.index,
-        spin_us=config.xccl.spin_us,
-        poll_interval_ms=config.xccl.poll_interval_ms,
-    )
-    executor = make_executor(config, member, segment, model, side, num_blocks)
+    table = AddressTable()
+    side = RoutedAttention(segment, a2e_shape(config, model.config), member.index, table, config=config.xccl)
+    executor = make_executor(config, member, segment, model, Experts(side, table), num_blocks)
     loop = HotLoop(
         executor,
         segment,
@@ -118,6 +115,7 @@ async def serve(
     finally:
         loop.stop(STOP_TIMEOUT_S)
         side.close()
+        table.close()
 
 
 def make_executor(
@@ -125,7 +123,7 @@ def make_executor(
     member: Member,
     segment: Segment,
     model: AttentionModel,
-    side: AttentionSide,
+    experts: Experts,
     num_blocks: int,
 ) -> StepExecutor:
     """Return the executor over the segment's KV blocks."""
@@ -137,7 +135,7 @@ def make_executor(
     executor = StepExecutor(
         model,
         model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens),
-        side,
+        experts,
         segment,
         expert_map,
         config.xccl,

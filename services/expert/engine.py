@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import structlog
 
+from bus.control.messages import PodMap
 from bus.errors import SegmentCorrupt
 from bus.memory.segment import Segment
-from bus.xccl.a2e import Arrival, ExpertSide
+from bus.xccl.group import AddressTable
+from bus.xccl.relay import Arrival, RoutedExpert
 from services.expert.core import PairGroup, group_pairs
 from services.model.expert_model import ExpertModel
+from services.pod import learn_addresses
 
 
 class ExpertEngine:
@@ -27,28 +30,31 @@ class ExpertEngine:
     def __init__(
         self,
         segment: Segment,
-        side: ExpertSide,
+        side: RoutedExpert,
+        table: AddressTable,
         model: ExpertModel,
         *,
         owned: Sequence[int],
         num_experts: int,
-        spin_us: int,
         idle_beat_ns: int,
     ):
         """`owned` are the expert ids held here; `num_experts` is the id of the shared expert, if there is one.
 
+        `table`, which `side` looks addresses up in, is fed from `pod_map`.
         An idle loop wakes every `idle_beat_ns` to beat its heartbeat word, and otherwise sleeps until it is rung.
         """
         self._segment = segment
         self._side = side
+        self._table = table
         self._model = model
         self._owned = np.asarray(owned, np.int32)
         self._num_experts = num_experts
-        self._spin_ns = spin_us * 1_000
         self._idle_beat_ns = idle_beat_ns
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expert-hot-loop", daemon=True)
         self._log = structlog.get_logger()
+        self._known_map: PodMap | None = None
+        self.pod_map: Callable[[], PodMap] = lambda: PodMap(pod="", epoch=0)
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.expert_rows = 0
         self.shared_rows = 0
@@ -74,7 +80,7 @@ class ExpertEngine:
             "exchanges": self.exchanges,
             "products": self.products,
             "corrupt_messages": self.corrupt,
-            "dropped_messages": self._side.num_dropped,
+            "dropped_messages": self._side.stats()["dropped"],
             "held_weight_bytes": self._model.weights.held_bytes,
             "held_expert_tensors": len(self._model.weights.tensor_names),
         }
@@ -83,14 +89,20 @@ class ExpertEngine:
         try:
             while not self._stopping.is_set():
                 self._segment.beat()
-                seen = self._side.doorbell()
+                self._learn()
                 arrivals = self._poll()
                 if arrivals:
                     self._serve(arrivals)
                 else:
-                    self._side.wait(seen, spin_ns=self._spin_ns, timeout_ns=self._idle_beat_ns)
+                    self._side.wait(timeout_ns=self._idle_beat_ns)
         except BaseException as error:
             self.on_failure(error)
+
+    def _learn(self) -> None:
+        pod_map = self.pod_map()
+        if pod_map is not self._known_map:
+            learn_addresses(self._table, pod_map)
+            self._known_map = pod_map
 
     def _poll(self) -> list[Arrival]:
         arrivals = self._side.poll(self._reject)

@@ -9,8 +9,8 @@ Life cycle:
 
 Opens: a DEALER to the manager; its own segment; the segments of attention workers, when they first write to it.
 If an attention worker dies, nothing here notices but that its cell stays silent; its next incarnation is attached when
-its first message comes. If the manager dies, serving goes on. If the hot loop fails, the process ends with an error
-and is started again.
+its first message comes and the pod map names it. If the manager dies, serving goes on. If the hot loop fails, the
+process ends with an error and is started again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from bus.clock import NS_PER_MS, NS_PER_S, now_ns
 from bus.config import PodConfig
 from bus.control.member import Member
 from bus.errors import ConfigError
-from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
-from bus.xccl.a2e import ExpertSide
+from bus.xccl.group import AddressTable
+from bus.xccl.relay import RoutedExpert
 from services.balance.placement import owned_experts
 from services.expert.engine import ExpertEngine
 from services.model.config import ModelConfig, load_config
@@ -48,8 +48,7 @@ async def expert_main(config: PodConfig, index: int) -> None:
         model_config = load_config(settings.model_path(config))
         model = await asyncio.to_thread(load_model, config, model_config, index, member)
         shape = a2e_shape(config, model_config)
-        layout = SegmentLayout(shape.expert_cells, shape.expert_managed_bytes, 0)
-        segment = create_segment(config, member, layout)
+        segment = create_segment(config, member, shape.expert_layout())
         try:
             await serve(config, model_config, member, segment, model)
         finally:
@@ -80,8 +79,8 @@ async def serve(
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
     shape = a2e_shape(config, model_config)
-    pattern = f"/xds-{config.pod}-attention-{{index}}-{{incarnation}}"
-    side = ExpertSide(segment, shape, member.index, pattern)
+    table = AddressTable()
+    side = RoutedExpert(segment, shape, member.index, table, config=config.xccl)
     num_experts = model_config.num_experts
     owned = [*owned_experts(num_experts, config.topology.expert_workers, member.index)]
     if model_config.has_shared_expert:
@@ -90,13 +89,14 @@ async def serve(
     engine = ExpertEngine(
         segment,
         side,
+        table,
         model,
         owned=owned,
         num_experts=num_experts,
-        spin_us=config.xccl.spin_us,
         idle_beat_ns=min(NS_PER_S, hang_ns // 4),
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    engine.pod_map = lambda: member.pod_map
     engine.on_failure = thread_failure(failed)
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
     member.counters = engine.counters
@@ -107,6 +107,7 @@ async def serve(
     finally:
         engine.stop(STOP_TIMEOUT_S)
         side.close()
+        table.close()
 
 
 def main() -> None:

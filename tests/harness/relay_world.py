@@ -16,7 +16,7 @@ from bus.memory.segment import Segment, segment_name
 from bus.xccl.cost import UNMEASURED, CostRule
 from bus.xccl.endpoint import Rank
 from bus.xccl.group import AddressTable
-from bus.xccl.relay import RoutedArrival, RoutedExpert
+from bus.xccl.relay import Arrival, RoutedExpert
 from bus.xccl.relay_layout import RelayShape
 from bus.xccl.trampoline import RoutedAttention, RoutedHandle
 from tests.harness.dispatch_world import expert_product
@@ -80,12 +80,14 @@ class RelayWorld:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for side in (*self.attention, *self.experts):
+            side.close()
         for table in self.tables.values():
             table.close()
         for rank in self.segments:
             self.end(rank)
 
-    def serve(self, ranks: Iterable[int]) -> list[RoutedArrival]:
+    def serve(self, ranks: Iterable[int]) -> list[Arrival]:
         """Poll the expert ranks once, in this order; do and commit their work."""
         done = []
         for rank in ranks:
@@ -107,7 +109,7 @@ class RelayWorld:
         return out
 
 
-def work(arrival: RoutedArrival) -> None:
+def work(arrival: Arrival) -> None:
     """What the experts do."""
     for i, (row, expert) in enumerate(zip(arrival.pair_row, arrival.pair_expert, strict=True)):
         arrival.y[i] = expert_product(int(expert), arrival.x[row])
@@ -121,3 +123,24 @@ def routing(
     expert = rng.integers(0, 3 * shape.num_expert_ranks, (num_rows, shape.num_slots)).astype(np.int32)
     none = rng.random(expert.shape) < 0.15
     return x, np.where(none, -1, expert % shape.num_expert_ranks).astype(np.int32), expert
+
+
+@dataclass
+class SourceBlock:
+    """Views of an attention rank's source block."""
+
+    starts: np.ndarray
+    pair_row: np.ndarray
+    pair_expert: np.ndarray
+
+
+def source_block(shape: RelayShape, segment: Segment, microbatch: int = 0) -> SourceBlock:
+    """What the attention rank that owns `segment` has staged."""
+    geometry, pairs = shape.geometry(0), (shape.pairs_max,)
+    at = segment.layout.managed_offset + shape.attention_source(microbatch)
+    starts, pair_row, pair_expert = geometry[13:16]
+    return SourceBlock(
+        segment.array(at + starts, (shape.num_expert_ranks + 1,), np.int32),
+        segment.array(at + pair_row, pairs, np.int32),
+        segment.array(at + pair_expert, pairs, np.int32),
+    )

@@ -19,7 +19,7 @@ from bus.xccl.cost import Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
-from bus.xccl.relay import RoutedArrival, RoutedExpert
+from bus.xccl.relay import Arrival, RoutedExpert
 from bus.xccl.relay_layout import RelayShape
 from bus.xccl.trampoline import RoutedAttention, RoutedHandle
 
@@ -100,7 +100,7 @@ class Host:
         return served
 
     @staticmethod
-    def compute(arrival: RoutedArrival) -> None:
+    def compute(arrival: Arrival) -> None:
         arrival.y[:] = arrival.x[arrival.pair_row]
         arrival.y[:, 3] = arrival.pair_expert + 1
 
@@ -136,6 +136,8 @@ class Host:
         bell.wait_doorbell(bell.doorbell_seq(), 0, NS_PER_MS)
 
     def close(self) -> None:
+        for side in (*self.attention.values(), *self.experts):
+            side.close()
         self.table.close()
         for segment in self.segments:
             segment.close()

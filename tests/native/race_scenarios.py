@@ -219,13 +219,12 @@ def relay() -> None:
         def serve(index: int) -> None:
             side = world.experts[index]
             while left[0]:
-                seen = side.doorbell()
                 arrivals = side.poll(raise_error)
                 for arrival in arrivals:
                     work(arrival)
                     side.commit(arrival)
                 if not arrivals:
-                    side.wait(seen, spin_ns=0, timeout_ns=10_000_000)
+                    side.wait(timeout_ns=10_000_000)
 
         run_threads(
             *[lambda i=i: attend(i) for i in range(shape.num_attention_ranks)],

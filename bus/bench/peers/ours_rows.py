@@ -145,8 +145,6 @@ class Routing(Case):
         else:
             self._expert = RoutedExpert(segment, sizes, me.index, self.table, config=config)
         self._owner = (self.given.topk_idx // shape.num_local_experts).astype(np.int32)
-        self._slots = np.empty((*self._owner.shape, shape.hidden), np.float32)
-        self._all = np.arange(self._owner.size, dtype=np.int32)
         self._factor = expert_factor(self.rank)
 
     def _place(self, rank: int) -> Rank:
@@ -155,14 +153,10 @@ class Routing(Case):
 
     def run(self) -> None:
         """Exchange once; attention ranks only."""
-        given, shape, side = self.given, self.shape, self._attention
+        given, side = self.given, self._attention
         assert side is not None
         handle = side.a2e_send(given.x, self._owner, given.topk_idx, self.next_event(), self.route)
-        side.e2a_recv(handle, self._slots, Deadline.after_ms(TIMEOUT_MS))
-        tokens = given.x.shape[0]
-        _collectives.weighted_sum(
-            self.sum, self._slots, self._all, given.topk_weights, tokens, shape.top_k, shape.hidden
-        )
+        side.e2a_combine(handle, given.topk_weights, self.sum, Deadline.after_ms(TIMEOUT_MS))
 
     def play(self, repetitions: int) -> list[int]:
         """Return the durations, ns; none from an expert rank."""
@@ -180,20 +174,21 @@ class Routing(Case):
             self.segment.ring_doorbell()
 
         thread = self.meeting.serve(stop)
-        spin_ns = self.config.spin_us * 1_000
         while not stopping.is_set():
-            seen = side.doorbell()
             for arrival in side.poll(_raise):
                 y: npt.NDArray[np.float32] = arrival.y
                 _collectives.gather_rows(y, arrival.pair_row, arrival.x, 4 * self.shape.hidden)
                 np.multiply(y, self._factor, out=y)
                 side.commit(arrival)
-            side.wait(seen, spin_ns=spin_ns, timeout_ns=SERVE_POLL_NS)
+            side.wait(timeout_ns=SERVE_POLL_NS)
         thread.join()
 
     def close(self) -> None:
         """See `Case`."""
-        self._attention = self._expert = None  # their views keep segments mapped
+        if self._attention is not None:
+            self._attention.close()
+        if self._expert is not None:
+            self._expert.close()
         super().close()
 
 

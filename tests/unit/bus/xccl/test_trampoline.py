@@ -16,7 +16,7 @@ from bus.xccl.event import Event
 from bus.xccl.reference import exchange
 from bus.xccl.relay_layout import CellKind, CellPlace, RelayShape
 from tests.harness.dispatch_world import expert_product
-from tests.harness.relay_world import RelayWorld, raise_error, routing, work
+from tests.harness.relay_world import RelayWorld, raise_error, routing, source_block, work
 
 SHAPE = RelayShape(
     num_attention_ranks=4, num_expert_ranks=6, rows_max=8, num_slots=3, hidden=5, num_domains=2
@@ -127,9 +127,9 @@ def test_the_trampoline_names_a_dead_owner(world: RelayWorld, rng: np.random.Gen
     world.serve([trampoline, 0, 1, 2, 3, 5])
     world.segments[Rank("expert", 4)].close()
     deadline = soon()
-    while not handle.arrived and not deadline.expired():
+    reports = world.experts[trampoline].stats()["e2a_cell_writes"]
+    while world.experts[trampoline].stats()["e2a_cell_writes"] == reports and not deadline.expired():
         world.serve([trampoline])
-        side._scan()
     with pytest.raises(PeerDied, match=rf"says expert-{trampoline} .* peer expert-4,"):
         side.e2a_recv(handle, out_of(x), soon())
 
@@ -210,6 +210,7 @@ def forge(world: RelayWorld, place: CellPlace, w2: int, w3: int, expert: int) ->
     segment = world.segments[Rank("expert", expert)]
     cell = segment.cell_offset(SHAPE.expert_cell(place))
     _native.write_cell(segment.buf, cell, stamp(1, 500), Event(1, 0).pack(), w2, w3)
+    segment.ring_doorbell()
     errors: list[SegmentCorrupt] = []
     assert world.experts[expert].poll(errors.append) == []
     return errors
@@ -230,7 +231,7 @@ def test_rows_and_starts_outside_the_shape_are_reported(world: RelayWorld, rng: 
     side, sender = world.attention[3], world.segments[Rank("attention", 3)]
     for route in Route:
         side.a2e_send(x, expert % 6, expert, Event(1, 0), route)
-        source = SHAPE.source(sender, 0)
+        source = source_block(SHAPE, sender)
         source.pair_row[:] = 8
         source.starts[2] = -5
         errors: list[SegmentCorrupt] = []
@@ -256,10 +257,77 @@ def test_bad_input_is_refused(world: RelayWorld) -> None:
         side.a2e_send(x, slots, slots, event)
     with pytest.raises(ValueError, match="must be"):
         side.a2e_send(x[:8], slots, slots, event)
-    with pytest.raises(ValueError, match="group: 6"):
+    with pytest.raises(ValueError, match="slot_rank"):
         side.a2e_send(x[:8], slots[:8] + 6, slots[:8], event)
     with pytest.raises(ValueError, match="microbatch"):
         side.a2e_send(x[:8], slots[:8], slots[:8], Event(1, 0, 1))
     handle = side.a2e_send(x[:8], slots[:8], slots[:8], event)
     with pytest.raises(ValueError, match="out: "):
         side.try_recv(handle, np.zeros((8, 3, 4), np.float32))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("route", list(Route))
+def test_combining_in_place_equals_adding_the_slots_in_order(
+    rng: np.random.Generator, route: Route, int8: bool
+) -> None:
+    shape = RelayShape(
+        num_attention_ranks=2, num_expert_ranks=3, rows_max=4, num_slots=3, hidden=70, int8=int8
+    )
+    with RelayWorld(shape) as world:
+        x, rank, expert = routing(rng, shape, 4)
+        weights = rng.random((4, 3), np.float32)
+        handle = world.attention[1].a2e_send(x, rank, expert, Event(1, 0), route)
+        world.serve_all(rng)
+        out = np.full((4, 70), np.nan, np.float32)
+        world.attention[1].e2a_combine(handle, weights, out, soon())
+    slots, wanted = exchange(x, rank, expert, expert_product, int8=int8), np.zeros((4, 70), np.float32)
+    for slot in range(3):
+        wanted += np.where(rank[:, slot, None] >= 0, weights[:, slot, None] * slots[:, slot], np.float32(0))
+    assert out.tobytes() == wanted.tobytes()
+
+
+def test_a_handle_is_used_up_and_void_after_the_next_send(
+    world: RelayWorld, rng: np.random.Generator
+) -> None:
+    x, rank, expert = routing(rng, SHAPE, 4)
+    side = world.attention[0]
+    old = side.a2e_send(x, rank, expert, Event(1, 0))
+    handle = side.a2e_send(x, rank, expert, Event(2, 0))
+    world.serve_all(rng)
+    with pytest.raises(ValueError, match="handle"):
+        side.try_recv(old, out_of(x))
+    assert side.try_recv(handle, out_of(x))
+    with pytest.raises(ValueError, match="handle"):
+        side.try_recv(handle, out_of(x))
+
+
+def test_a_late_commit_does_not_cover_the_answer_to_the_next_attempt(
+    world: RelayWorld, rng: np.random.Generator
+) -> None:
+    x, rank = np.ones((1, 5), np.float32), np.zeros((1, 3), np.int32)
+    side, expert = world.attention[0], world.experts[0]
+    side.a2e_send(x, rank, rank, Event(1, 0))
+    (late,) = expert.poll(raise_error)
+    handle = side.a2e_send(x, rank, rank, Event(1, 0, attempt=2))
+    world.serve([0])
+    assert not expert.commit(late)
+    assert side.try_recv(handle, out_of(x))
+
+
+def test_attempts_that_come_both_ways_are_served_once(world: RelayWorld, rng: np.random.Generator) -> None:
+    x, _, expert = routing(rng, SHAPE, 8)
+    rank = (expert % 6).astype(np.int32)
+    side = world.attention[3]
+    side.a2e_send(x, rank, expert, Event(1, 0, attempt=1), Route.DIRECT)
+    handle = side.a2e_send(2 * x, rank, expert, Event(1, 0, attempt=2), TRAMPOLINE)
+    trampoline = SHAPE.trampoline_of(3)
+    forwarded = world.experts[trampoline].poll(
+        raise_error
+    )  # it has told the owners, who have seen neither attempt
+    other = next(r for r in range(6) if r != trampoline)
+    assert [a.event.attempt for a in world.experts[other].poll(raise_error)] == [2]
+    assert [a.event.attempt for a in forwarded] == [1]
+    handle = side.a2e_send(2 * x, rank, expert, Event(1, 0, attempt=3), TRAMPOLINE)
+    world.serve_all(rng)
+    assert np.array_equal(world.receive(side, handle), exchange(2 * x, rank, expert, expert_product))
