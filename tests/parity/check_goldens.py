@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from tests.parity.make_goldens import GOLDENS, greedy
 from tests.parity.random_models import VARIANTS, load_reference
@@ -43,6 +44,8 @@ def check(folder: Path) -> list[str]:
 def main() -> int:
     """Check every golden; return the exit code."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     found = 0
     for variant in VARIANTS:
         problems = check(GOLDENS / variant)

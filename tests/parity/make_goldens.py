@@ -134,6 +134,7 @@ def main() -> None:
         parser.error("--variant and --out belong together")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if arguments.variant is not None:
         make(arguments.variant, arguments.out, arguments.seed, arguments.prompts)
         return
