@@ -79,7 +79,7 @@ def _add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 def _tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     stored = checkpoint.tensors[name]
-    return numerics.widen(checkpoint.load([TensorSpec(name, stored.shape)]).matrix(name))
+    return numerics.widen(checkpoint.load([TensorSpec(name, stored.shape)]).array(name))
 
 
 if __name__ == "__main__":

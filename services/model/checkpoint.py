@@ -25,17 +25,19 @@ from bus.errors import ConfigError
 from services.model import numerics
 from services.model.block_scaled import BlockScaled, scale_shape
 from services.model.file_map import map_range, page_run
-from services.model.model_config import Fp8Config
+from services.model.int8 import Int8Matrix
+from services.model.model_config import Fp8Config, Int8Config
 from services.model.safetensors_header import StoredTensor, read_headers
 
-E4M3 = "F8_E4M3"
+E4M3, INT8 = "F8_E4M3", "I8"
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": np.uint16,
     E4M3: np.uint8,
+    INT8: np.int8,
 }
-SCALE_SUFFIX = "_scale_inv"
+SCALE_SUFFIXES = {E4M3: "_scale_inv", INT8: "_scale"}  # of the name of a quantised tensor's factors
 
 FULL_CHECK_BYTES = 2**30
 EDGE_BYTES = 2**20
@@ -49,7 +51,8 @@ class TensorSpec:
     """A tensor that a role needs.
 
     `index` picks one entry of a stacked tensor; `shape` is that entry's. `quantisable`: it may be stored as e4m3
-    with a factor per block, the factors beside it under the name + "_scale_inv".
+    with a factor per block, the factors beside it under the name + "_scale_inv", or in INT8 with a factor per row,
+    under the name + "_scale".
     """
 
     name: str
@@ -76,7 +79,7 @@ class Weights:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def matrix(self, name: str) -> numerics.AnyWeight:
-        """Return a tensor as stored, read only; bfloat16 as uint16, e4m3 with its factors."""
+        """Return a tensor as stored, read only; bfloat16 as uint16, 8-bit ones with their factors."""
         return self._tensors[name, None]
 
     def array(self, name: str, index: int | None = None) -> npt.NDArray[Any]:
@@ -98,14 +101,17 @@ class Checkpoint:
     """All tensors of a folder, by name. Nothing is mapped before `load`."""
 
     def __init__(
-        self, folder: Path, tensors: dict[str, StoredTensor], quantization: Fp8Config | None = None
+        self,
+        folder: Path,
+        tensors: dict[str, StoredTensor],
+        quantization: Fp8Config | Int8Config | None = None,
     ) -> None:
         self.folder = folder
         self.tensors = tensors
         self._quantization = quantization
 
     @classmethod
-    def open(cls, folder: str | Path, quantization: Fp8Config | None = None) -> Checkpoint:
+    def open(cls, folder: str | Path, quantization: Fp8Config | Int8Config | None = None) -> Checkpoint:
         """Read index and headers; `quantization` is what `config.json` says of 8-bit weights.
 
         Raises:
@@ -123,7 +129,7 @@ class Checkpoint:
             ConfigError: one is missing, or of another shape or type than expected.
         """
         stored = self._locate(spec)
-        if stored.dtype != E4M3:
+        if stored.dtype not in SCALE_SUFFIXES:
             return [spec.name]
         scale = self._scale_spec(spec, stored)
         self._locate(scale)
@@ -141,7 +147,7 @@ class Checkpoint:
         for spec in specs:
             key = (spec.name, spec.index)
             ranges[key] = self._locate(spec)
-            if ranges[key].dtype == E4M3:
+            if ranges[key].dtype in SCALE_SUFFIXES:
                 scale = self._scale_spec(spec, ranges[key])
                 scales[key] = (scale.name, None)
                 ranges[scales[key]] = self._locate(scale)
@@ -154,25 +160,27 @@ class Checkpoint:
     ) -> dict[Key, numerics.AnyWeight]:
         tensors: dict[Key, numerics.AnyWeight] = {**arrays}
         for key, scale_key in scales.items():
-            assert self._quantization is not None
-            tensors[key] = BlockScaled(
-                arrays[key],
-                numerics.widen(arrays[scale_key]),
-                self._quantization.block_rows,
-                self._quantization.block_columns,
-            )
+            scale = numerics.widen(arrays[scale_key])
+            if isinstance(self._quantization, Fp8Config):
+                rows, columns = self._quantization.block_rows, self._quantization.block_columns
+                tensors[key] = BlockScaled(arrays[key], scale, rows, columns)
+            else:
+                tensors[key] = Int8Matrix(arrays[key], scale.reshape(-1))
             del tensors[scale_key]
         return tensors
 
     def _scale_spec(self, spec: TensorSpec, stored: StoredTensor) -> TensorSpec:
-        if self._quantization is None:
+        quantization = self._quantization
+        if not isinstance(quantization, Fp8Config if stored.dtype == E4M3 else Int8Config):
             rule = "config.json has no quantization_config that says how to read it"
-            raise ConfigError(f"{stored.path}: tensor {spec.name} is {E4M3}: {rule}")
+            raise ConfigError(f"{stored.path}: tensor {spec.name} is {stored.dtype}: {rule}")
         if not spec.quantisable:
             rule = "only projections of attention and of MLPs may be; supported are F32, F16, BF16"
-            raise ConfigError(f"{stored.path}: tensor {spec.name} is {E4M3}: {rule}")
-        shape = scale_shape(spec.shape, self._quantization.block_rows, self._quantization.block_columns)
-        return TensorSpec(spec.name + SCALE_SUFFIX, shape)
+            raise ConfigError(f"{stored.path}: tensor {spec.name} is {stored.dtype}: {rule}")
+        shape = (spec.shape[0], 1)
+        if isinstance(quantization, Fp8Config):
+            shape = scale_shape(spec.shape, quantization.block_rows, quantization.block_columns)
+        return TensorSpec(spec.name + SCALE_SUFFIXES[stored.dtype], shape)
 
     def _locate(self, spec: TensorSpec) -> StoredTensor:
         stored = self.tensors.get(spec.name)

@@ -15,6 +15,7 @@ from services.model.config_fields import Fields, read_json_object
 from services.model.families import FAMILIES
 from services.model.model_config import (
     Fp8Config,
+    Int8Config,
     MlaConfig,
     ModelConfig,
     RopeConfig,
@@ -23,6 +24,7 @@ from services.model.model_config import (
 
 __all__ = [
     "Fp8Config",
+    "Int8Config",
     "MlaConfig",
     "ModelConfig",
     "RopeConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.model.config_fields import Fields
-from services.model.model_config import Fp8Config, TensorNames
+from services.model.model_config import Fp8Config, Int8Config, TensorNames
 
 Part = dict[str, Any]
 
@@ -158,14 +158,45 @@ def dense(fields: Fields) -> Part:
     }
 
 
-def _quantization(fields: Fields) -> Fp8Config | None:
-    """Block-scaled e4m3 as DeepSeek, Kimi, Qwen and MiniMax ship it, or None. Activations stay float32."""
+def _quantization(fields: Fields) -> Fp8Config | Int8Config | None:
+    """How 8-bit weights are stored, or None."""
     section = fields.section("quantization_config")
     if section is None:
         return None
     method = section.raw("quant_method")
-    if method != "fp8":
-        section.fail("quant_method", method, "supported is fp8 with weight_block_size")
+    if method == "fp8":
+        return _fp8(section)
+    if method != "compressed-tensors":
+        rule = "supported are fp8 with weight_block_size, and compressed-tensors in INT8"
+        section.fail("quant_method", method, rule)
+    return _int8(section)
+
+
+def _int8(section: Fields) -> Int8Config:
+    """INT8 weights with a factor per row, INT8 activations with one per token (what `xds quantize` writes)."""
+    section.only("format", "int-quantized", rule="supported is int-quantized")
+    groups = section.raw("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+        section.fail("config_groups", groups, "must be an object of groups")
+    for name, group in groups.items():
+        for part, strategy in (("weights", "channel"), ("input_activations", "token")):
+            values = group.get(part)
+            rounding = Fields(values if isinstance(values, dict) else {}, f"{section.source}: {name}.{part}")
+            for field, wanted in (
+                ("num_bits", 8),
+                ("type", "int"),
+                ("symmetric", True),
+                ("strategy", strategy),
+            ):
+                if rounding.raw(field, default=None) != wanted:
+                    rounding.fail(field, rounding.values.get(field), f"supported is {wanted}")
+            if part == "input_activations" and rounding.raw("dynamic", default=None) is not True:
+                rounding.fail("dynamic", rounding.values.get("dynamic"), "supported is true")
+    return Int8Config()
+
+
+def _fp8(section: Fields) -> Fp8Config:
+    """Block-scaled e4m3 as DeepSeek, Kimi, Qwen and MiniMax ship it. Activations stay float32."""
     section.only("fmt", "e4m3", "float8_e4m3fn", rule="supported is e4m3")
     section.only("activation_scheme", "dynamic", rule="supported is dynamic")
     block = section.raw("weight_block_size", default=None)

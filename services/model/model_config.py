@@ -48,6 +48,11 @@ class Fp8Config:
     block_columns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Int8Config:
+    """Weights stored as whole numbers with one factor per row; activations are rounded row by row as they come."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
     """Where a checkpoint keeps the parts of `model.layers.N`; all but `mlp` are below `mlp`.
@@ -73,7 +78,7 @@ class ModelConfig:
 
     model_type: str
     names: TensorNames
-    quantization: Fp8Config | None
+    quantization: Fp8Config | Int8Config | None
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

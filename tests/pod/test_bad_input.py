@@ -147,8 +147,8 @@ def unsupported_rope(folder: Path) -> str:
 
 
 def unsupported_quantization(folder: Path) -> str:
-    set_config(folder, quantization_config={"quant_method": "compressed-tensors"})
-    return 'config.json: quantization_config: quant_method = "compressed-tensors": supported is fp8'
+    set_config(folder, quantization_config={"quant_method": "gptq"})
+    return 'config.json: quantization_config: quant_method = "gptq": supported are fp8'
 
 
 def layer_too_many(folder: Path) -> str:

@@ -14,10 +14,18 @@ from bus.errors import ConfigError
 from services.model import checkpoint as checkpoint_module
 from services.model.block_scaled import BlockScaled
 from services.model.checkpoint import Checkpoint, TensorSpec, merge_runs
-from services.model.model_config import Fp8Config
+from services.model.int8 import Int8Matrix
+from services.model.model_config import Fp8Config, Int8Config
 from services.model.safetensors_header import read_header
 
-DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "uint8": "F8_E4M3"}
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "int64": "I64",
+    "uint8": "F8_E4M3",
+    "int8": "I8",
+}
 BLOCKS = Fp8Config(block_rows=2, block_columns=4)
 
 
@@ -231,3 +239,25 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ConfigError):
             read_header(path)
+
+
+def test_int8_matrices_come_with_a_factor_per_row(tmp_path: Path) -> None:
+    q = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+    scale = np.array([[0.5], [0.25], [0]], np.float32)
+    write(tmp_path / "model.safetensors", {"a.weight": q, "a.weight_scale": scale})
+    spec = TensorSpec("a.weight", (3, 4), quantisable=True)
+    checkpoint = Checkpoint.open(tmp_path, Int8Config())
+    assert checkpoint.check(spec) == ["a.weight", "a.weight_scale"]
+    matrix = checkpoint.load([spec]).matrix("a.weight")
+    assert isinstance(matrix, Int8Matrix)
+    np.testing.assert_array_equal(matrix.widen(), q * scale)
+    with pytest.raises(ConfigError, match=r"a\.weight is I8: config\.json has no quantization_config"):
+        Checkpoint.open(tmp_path, BLOCKS).load([spec])
+    with pytest.raises(ConfigError, match=r"a\.weight is I8: only projections"):
+        checkpoint.load([TensorSpec("a.weight", (3, 4))])
+    write(tmp_path / "model.safetensors", {"a.weight": q, "a.weight_scale": scale[:2]})
+    with pytest.raises(ConfigError, match=r"a\.weight_scale has shape \[2, 1\]"):
+        Checkpoint.open(tmp_path, Int8Config()).load([spec])
+    write(tmp_path / "model.safetensors", {"a.weight": q, "a.weight_scale": np.full_like(scale, np.nan)})
+    with pytest.raises(ConfigError, match=r"a\.weight_scale holds NaN"):
+        Checkpoint.open(tmp_path, Int8Config()).load([spec])

@@ -10,7 +10,7 @@ import pytest
 
 from bus.errors import ConfigError
 from services.model import load_config
-from services.model.config import Fp8Config, ModelConfig, RopeConfig
+from services.model.config import Fp8Config, Int8Config, ModelConfig, RopeConfig
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -84,6 +84,19 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
 }
+WHOLE = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": WHOLE | {"strategy": "channel"},
+            "input_activations": WHOLE | {"strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -155,6 +168,7 @@ def test_eight_bit_weights(tmp_path: Path) -> None:
     assert config.quantization == Fp8Config(block_rows=128, block_columns=128)
     released = FP8 | {"fmt": "float8_e4m3fn", "modules_to_not_convert": ["gate", "lm_head"]}
     assert parse(tmp_path, MINIMAX, quantization_config=released).quantization == config.quantization
+    assert parse(tmp_path, QWEN, quantization_config=INT8).quantization == Int8Config()
 
 
 @pytest.mark.parametrize(
@@ -196,9 +210,15 @@ def test_eight_bit_weights(tmp_path: Path) -> None:
         ),
         (QWEN, {"num_nextn_predict_layers": 17}, "num_nextn_predict_layers = 17: must be at most 16"),
         (QWEN, {"quantization_config": {}}, "quantization_config: quant_method: missing"),
-        (QWEN, {"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq": supported is fp8'),
+        (QWEN, {"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq": supported are fp8'),
         (QWEN, {"quantization_config": FP8 | {"fmt": "e5m2"}}, 'fmt = "e5m2": supported is e4m3'),
         (QWEN, {"quantization_config": FP8 | {"activation_scheme": "static"}}, "supported is dynamic"),
+        (QWEN, {"quantization_config": INT8 | {"format": "pack-quantized"}}, "supported is int-quantized"),
+        (
+            QWEN,
+            {"quantization_config": INT8 | {"config_groups": {"g": {"weights": WHOLE}}}},
+            "g.weights: strategy = null: supported is channel",
+        ),
         (QWEN, {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size = null: must be [rows"),
         (
             QWEN,
