@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "gateway.backlog_tokens_max": (1, 100_000_000),
 }
 _POD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+_ROUTE_COSTS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?(?:,(?!$)|$)){6}|")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LOG_FORMATS = ("console", "json")
 _SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its terminator
@@ -67,6 +68,9 @@ def validate(config: PodConfig) -> None:
     levels, formats = ", ".join(_LOG_LEVELS), ", ".join(_LOG_FORMATS)
     _require(config.log_level in _LOG_LEVELS, "log_level", config.log_level, f"must be one of {levels}")
     _require(config.log_format in _LOG_FORMATS, "log_format", config.log_format, f"must be one of {formats}")
+    costs = config.xccl.route_costs_ns
+    rule = 'must be "" or six numbers, separated by commas, none negative'
+    _require(_ROUTE_COSTS.fullmatch(costs) is not None, "xccl.route_costs_ns", costs, rule)
     _require(bool(config.gateway.host), "gateway.host", config.gateway.host, "must be a host name or address")
     _validate_relations(config)
     _validate_runtime_dir(config)

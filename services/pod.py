@@ -10,6 +10,7 @@ from bus.control.member import Member
 from bus.control.messages import PodMap
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment, check_memory, sweep, total_bytes
+from bus.xccl.cost import CostRule, Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.group import AddressTable
 from bus.xccl.relay_layout import RelayShape
@@ -24,7 +25,7 @@ def a2e_shape(config: PodConfig, model: ModelConfig) -> RelayShape:
         rows_max=config.scheduler.max_num_batched_tokens,
         num_slots=model.top_k + int(model.has_shared_expert),
         hidden=model.hidden_size,
-        has_trampolines=False,
+        has_trampolines=CostRule.parse(config.xccl.route_costs_ns).only is not Route.DIRECT,
     )
 
 

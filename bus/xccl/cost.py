@@ -14,6 +14,7 @@ they may never.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -64,7 +65,6 @@ class CostRule:
 
     direct: RouteCost
     trampoline: RouteCost
-
     only: Route | None = field(init=False)  # the way of every exchange, where one way never costs less
 
     def __post_init__(self) -> None:
@@ -74,6 +74,21 @@ class CostRule:
         elif self.trampoline.never_exceeds(self.direct):
             only = Route.TRAMPOLINE
         object.__setattr__(self, "only", only)
+
+    @classmethod
+    def parse(cls, text: str) -> CostRule:
+        """Return the rule that `str` wrote, `UNMEASURED` for "". Raises ValueError."""
+        if not text:
+            return UNMEASURED
+        numbers = [float(word) for word in text.split(",")]
+        if len(numbers) != 6 or not all(math.isfinite(n) and n >= 0 for n in numbers):
+            raise ValueError(f"{text!r} must be six numbers, separated by commas, none negative")
+        return cls(RouteCost(*numbers[:3]), RouteCost(*numbers[3:]))
+
+    def __str__(self) -> str:
+        """Return what the setting `xccl.route_costs_ns` takes: fixed, per target, per byte; direct, then trampoline."""
+        ways = (self.direct, self.trampoline)
+        return ",".join(f"{n:.6g}" for w in ways for n in (w.fixed_ns, w.per_target_ns, w.per_byte_ns))
 
     def choose(self, num_targets: int, num_bytes: int) -> Route:
         """Return the way for an exchange with `num_targets` expert ranks and `num_bytes` both ways."""

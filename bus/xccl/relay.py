@@ -30,7 +30,15 @@ from bus.memory.segment import Segment
 from bus.xccl.endpoint import COUNTER_BITS, Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
-from bus.xccl.relay_layout import CellKind, CellPlace, Float32Array, Int32Array, RelayShape, segment_words
+from bus.xccl.relay_layout import (
+    CellKind,
+    CellPlace,
+    Float32Array,
+    Int32Array,
+    RelayShape,
+    burst_ns,
+    segment_words,
+)
 
 _INCARNATION_MASK = (1 << 64 - COUNTER_BITS) - 1
 
@@ -130,7 +138,9 @@ class RoutedExpert:
         self._name = f"expert-{rank}"
         self._poll_ns = settings.poll_interval_ms * NS_PER_MS
         self._native = _relay.ExpertEnd(
-            shape.geometry(rank), segment_words(segment), settings.spin_us * 1_000
+            shape.geometry(rank),
+            segment_words(segment),
+            burst_ns(settings.spin_us, shape.num_attention_ranks),
         )
         self._views: dict[int, _Views] = {}  # of the cells that arrivals have come by
         self._memory: dict[int, _Memory] = {}
@@ -340,8 +350,8 @@ class RoutedExpert:
     def wait(self, *, timeout_ns: int) -> bool:
         """Wait until someone rings after the last `poll` began; False after `timeout_ns`. Releases the GIL.
 
-        Spins for up to `spin_us` while that pays, then sleeps. While guests wait for owners, or a message for its
-        sender's address, it ends after the poll interval at the latest.
+        Polls for up to `spin_us` per attention rank while that pays, then sleeps. While guests wait for owners, or a
+        message for its sender's address, it ends after the poll interval at the latest.
         """
         if self._unsolved or self._native.num_relays:
             timeout_ns = min(timeout_ns, self._poll_ns)

@@ -45,6 +45,7 @@ Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
 U32 = 0xFFFFFFFF
+_BURST_PEERS_MAX = 8
 
 
 class CellKind(enum.Enum):
@@ -229,6 +230,11 @@ class RelayShape:
             return CellPlace(CellKind.ENTRY, group - 2 * ranks, group - 2 * ranks, microbatch)
         expert, seat = divmod(group - 2 * ranks - seats, seats)
         return CellPlace(CellKind.RETURN, expert, seat, microbatch)
+
+
+def burst_ns(spin_us: int, num_peers: int) -> int:
+    """Return how long to poll for `num_peers` ranks at most: their work may have to be done on the cores that poll."""
+    return spin_us * 1_000 * min(num_peers, _BURST_PEERS_MAX)
 
 
 def segment_words(segment: Segment) -> tuple[mmap.mmap, int, int, int]:

@@ -21,12 +21,12 @@ from bus.config import XcclConfig
 from bus.errors import PeerDied, PeerStalled, SegmentCorrupt, Truncated
 from bus.memory import _relay
 from bus.memory.segment import Segment
-from bus.xccl.cost import UNMEASURED, CostRule, Route
+from bus.xccl.cost import CostRule, Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
 from bus.xccl.int8 import check_rows
-from bus.xccl.relay_layout import U32, Float32Array, Int32Array, RelayShape, segment_words
+from bus.xccl.relay_layout import U32, Float32Array, Int32Array, RelayShape, burst_ns, segment_words
 
 _ROUTE_CODE = {Route.DIRECT: 0, Route.TRAMPOLINE: 1}
 _DEAD_OWNER, _WRONG_COUNT = 2, 3
@@ -49,7 +49,8 @@ class RoutedAttention:
         segment: own segment, made with `shape.attention_layout()` or one with more app area; stays the caller's.
         shape: the same at all ranks. rank: own attention rank.
         table: addresses of expert ranks; mapped as they are needed.
-        config: how long to spin, how often to look at owner locks. rule: picks the way.
+        config: how long to spin, how often to look at owner locks, and the rule that picks the way.
+        rule: instead of the one in `config`.
     """
 
     def __init__(
@@ -60,18 +61,18 @@ class RoutedAttention:
         table: AddressTable,
         *,
         config: XcclConfig | None = None,
-        rule: CostRule = UNMEASURED,
+        rule: CostRule | None = None,
     ) -> None:
         settings = config or XcclConfig()
         self._shape, self._table = shape, table
         self._name = f"attention-{rank}"
         self._poll_ns = settings.poll_interval_ms * NS_PER_MS
         self._native = _relay.AttentionEnd(
-            shape.geometry(rank), segment_words(segment), settings.spin_us * 1_000
+            shape.geometry(rank), segment_words(segment), burst_ns(settings.spin_us, shape.num_expert_ranks)
         )
         self._connected: dict[int, int] = {}  # expert rank -> incarnation
         self._version = -1
-        self.rule = rule
+        self.rule = CostRule.parse(settings.route_costs_ns) if rule is None else rule
 
     # ------------------------------------------------------------------ sending
 
@@ -165,7 +166,8 @@ class RoutedAttention:
             PeerDied: an awaited rank's process has ended, or a trampoline says so of an owner. PeerStalled:
             the deadline passed. SegmentCorrupt: an answer contradicts the request. `out` may be partly filled;
             send again under a higher attempt. ValueError: `out`, or the handle is void.
-        Blocks: yes; spins at most `spin_us`, then sleeps in the kernel and looks at owner locks meanwhile.
+        Blocks: yes; polls for `spin_us` per expert rank at most, then sleeps in the kernel and looks at owner locks
+        meanwhile.
         """
         self._receive(handle, None, out, deadline)
 

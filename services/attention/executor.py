@@ -100,6 +100,7 @@ class StepExecutor:
         """Work counted where it happened, and what this worker holds of the model."""
         return {
             **asdict(self.counters),
+            "trampoline_exchanges": self._side.stats()["trampoline_exchanges"],
             "held_weight_bytes": self._model.weights.held_bytes,
             "held_expert_tensors": sum("experts." in name for name in self._model.weights.tensor_names),
         }

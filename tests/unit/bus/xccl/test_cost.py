@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bus.config import load
 from bus.xccl.cost import UNMEASURED, CostRule, Route, RouteCost, Sample, calibrate, fit
 
 DIRECT = RouteCost(2_000, 300, 0.1)
@@ -46,3 +47,29 @@ def test_the_calibrated_rule_picks_the_faster_way_between_its_grid_points() -> N
 def test_without_measurements_and_when_equal_the_direct_way_is_taken() -> None:
     assert UNMEASURED.choose(288, 1 << 30) is Route.DIRECT
     assert CostRule(DIRECT, DIRECT).choose(10, 10) is Route.DIRECT
+
+
+def test_a_rule_is_written_as_a_setting_takes_it() -> None:
+    rule = CostRule(DIRECT, TRAMPOLINE)
+    text = str(rule)
+    assert text == "2000,300,0.1,20000,10,0.3" and CostRule.parse(text) == rule
+    settings = load({"xccl.route_costs_ns": text}, None, {})
+    assert CostRule.parse(settings.xccl.route_costs_ns) == rule
+    assert CostRule.parse("") is UNMEASURED
+    tiny = str(CostRule(RouteCost(1e-7, 0, 1e12), TRAMPOLINE))
+    assert (
+        CostRule.parse(load({"xccl.route_costs_ns": tiny}, None, {}).xccl.route_costs_ns).direct.fixed_ns
+        == 1e-7
+    )
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3,4,5,x", "1,2,3,4,5,-6", "1,2,3,4,5,nan"])
+def test_a_bad_rule_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        CostRule.parse(text)
+
+
+def test_a_way_that_never_costs_more_is_known_without_counting() -> None:
+    assert UNMEASURED.only is Route.DIRECT
+    assert CostRule(TRAMPOLINE, RouteCost(1, 1, 0.1)).only is Route.TRAMPOLINE
+    assert CostRule(DIRECT, TRAMPOLINE).only is None
