@@ -41,6 +41,7 @@ typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8x32 __attribute__((vector_size(32)));
 typedef uint32_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
 
 #define PAIRS_EVEN 0, 2, 8, 10, 4, 6, 12, 14
 #define PAIRS_ODD 1, 3, 9, 11, 5, 7, 13, 15
@@ -93,21 +94,25 @@ INLINE v8 vfma_neon(v8 a, v8 b, v8 c)
 #define VFMA(a, b, c) ((a) * (b) + (c))
 #endif
 #define WIDEN_U16(h) __builtin_convertvector(h, u8x32)
+#define WIDEN_U8(b) __builtin_convertvector(b, u8x32)
 #define FN(name) name##_generic
 #include "_kernels_impl.h"
 #undef FN
 #undef VFMA
 #undef WIDEN_U16
+#undef WIDEN_U8
 
 #ifdef HAVE_AVX2_BUILD
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define VFMA(a, b, c) ((v8)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define WIDEN_U16(h) ((u8x32)_mm256_cvtepu16_epi32((__m128i)(h)))
+#define WIDEN_U8(b) ((u8x32)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, (long long)(b))))
 #define WIDEN_F16(h) ((v8)_mm256_cvtph_ps((__m128i)(h)))
 #define FN(name) name##_avx2
 #include "_kernels_impl.h"
 #undef WIDEN_U16
+#undef WIDEN_U8
 #undef WIDEN_F16
 #undef FN
 #undef VFMA
