@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.modelcheck.program import Op, Program
 
@@ -99,7 +99,7 @@ class Model:
     invariant: str = "True"
     final: str = "True"
     progress: bool = False
-    states_max: int = 2_000_000
+    states_max: int = 500_000
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Checker:
     def _expand(
         self, state: State, queue: deque[State], edges: list[tuple[State, State]]
     ) -> tuple[str | None, bool]:
-        if self._model.invariant != "True" and not eval(self._invariant, {}, self._words(state.memory)):
+        if self._model.invariant != "True" and not eval(self._invariant, self._words(state.memory)):
             return f"invariant broken: {self._model.invariant}", True
         has_way_on = False
         try:
@@ -195,9 +195,9 @@ class Checker:
             thread = self._threads[number]
             if thread.status not in (DONE, DEAD) and program.name not in self._model.may_wait:
                 doing = "sleeps" if thread.status >= 0 else "waits"
-                return f"{program.name} {doing} for ever: {dict(self._words(state.memory))}"
-        if not eval(self._final, {}, self._words(state.memory)):
-            return f"at the end this is false: {self._model.final} {dict(self._words(state.memory))}"
+                return f"{program.name} {doing} for ever: {self._words(state.memory)}"
+        if not eval(self._final, self._words(state.memory)):
+            return f"at the end this is false: {self._model.final} {self._words(state.memory)}"
         return None
 
     def _trap(self, edges: list[tuple[State, State]], ends: list[State]) -> Violation | None:
@@ -227,8 +227,16 @@ class Checker:
                 steps.append(step)
         return tuple(reversed(steps))
 
-    def _words(self, memory: tuple[int, ...]) -> dict[str, int]:
-        return dict(zip(self._names, memory, strict=True))
+    def _words(self, memory: tuple[int, ...]) -> dict[str, Any]:
+        """Return the shared words by name; those of a family as a dict, so that `slot[1]` is an expression."""
+        words: dict[str, Any] = {}
+        for name, value in zip(self._names, memory, strict=True):
+            family, _, index = name.partition("[")
+            if index:
+                words.setdefault(family, {})[int(index[:-1])] = value
+            else:
+                words[name] = value
+        return words
 
     # ------------------------------------------------------------------ steps
 
@@ -292,13 +300,14 @@ class Checker:
         memory = state.memory
         if outcome.stored is not None:
             memory = (*memory[:word], outcome.stored, *memory[word + 1 :])
-        successor = State(memory, state.threads)
+        successors = [State(memory, state.threads)]
         if outcome.wakes:
-            successor = self._wake(successor, word)
+            successors = self._wake(successors[0], word)
         if not outcome.threads:
             yield outcome.step, None
-        for after in outcome.threads:
-            yield outcome.step, _with_thread(successor, i, after)
+        for successor in successors:
+            for after in outcome.threads:
+                yield outcome.step, _with_thread(successor, i, after)
 
     def _outcome(self, program: Program, thread: Thread, at: int, word: int, held: int) -> Outcome:
         op = self._op(program, thread, at)
@@ -332,12 +341,13 @@ class Checker:
     def _woken(self, i: int, number: int) -> tuple[int, ...]:
         return self._after(self._model.programs[i], self._threads[number], 0, None)
 
-    def _wake(self, state: State, word: int) -> State:
+    def _wake(self, state: State, word: int) -> list[State]:
+        """Wake all sleepers of `word`; several results where one of them then guesses a branch."""
+        states = [state]
         for i, number in enumerate(state.threads):
             if self._threads[number].status == word:
-                (woken,) = self._woken(i, number)
-                state = _with_thread(state, i, woken)
-        return state
+                states = [_with_thread(s, i, woken) for s in states for woken in self._woken(i, number)]
+        return states
 
     def _word(self, program: Program, thread: Thread, op: Op) -> int:
         if not op.var:
