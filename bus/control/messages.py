@@ -130,8 +130,13 @@ class Status(Message, frozen=True, kw_only=True):
 # --------------------------------------------------------------------------- requests (gateway <-> scheduler)
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are drawn. `temperature` 0 is greedy. `seed` is always set: the gateway draws one if absent."""
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How tokens are drawn. `temperature` 0 is greedy. `seed` is always set: the gateway draws one if absent.
+
+    Ranges are the gateway's to check. Whoever draws applies the fields in the order of `services.model.sampling`.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -144,6 +149,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # -1 = none; n >= 0 = the sampled token's and the n likeliest
     prompt_logprobs: int = -1  # likewise for every prompt token but the first
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest are never drawn
+    presence_penalty: float = 0.0  # subtracted once from a token that is in the output
+    frequency_penalty: float = 0.0  # subtracted for every time that a token is in the output
+    repetition_penalty: float = 1.0  # divides (or multiplies, below zero) tokens in prompt or output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    grammar: str = ""  # llguidance's text form; the output is held to it; "" = free
+    grammar_after_token_id: int = -1  # the grammar begins behind the first such output token; -1 = at once
+
+    @property
+    def uses_outputs(self) -> bool:
+        """Whether a draw depends on the tokens that were drawn before it, other than through the logits."""
+        return bool(
+            self.grammar or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether a draw depends on the prompt's tokens, other than through the logits."""
+        return self.repetition_penalty != 1.0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,7 +259,9 @@ class ExecutorReady(Message, frozen=True, kw_only=True):
     vocab_size: int
 
 
-class PlannedSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PlannedSequence(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What to compute for one request in one step.
 
     `token_ids` are computed at positions start .. start+n-1 into `block_table`; if `sample`, one token is
@@ -252,6 +278,8 @@ class PlannedSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_prompt_tokens: int = 0
     allow_stop: bool = True  # False while fewer than min_tokens are out: eos and stop ids are masked
     next_prompt_token_ids: tuple[int, ...] = ()  # for prompt logprobs: the token after each row that has one
+    prompt_token_ids: tuple[int, ...] = ()  # the whole prompt, where `sampling.uses_prompt`
+    output_token_ids: tuple[int, ...] = ()  # all output so far, where `sampling.uses_outputs`
 
 
 class StepPlan(Message, frozen=True, kw_only=True):
@@ -262,13 +290,14 @@ class StepPlan(Message, frozen=True, kw_only=True):
     sequences: tuple[PlannedSequence, ...]
 
 
-class SampledToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The token drawn for one planned sequence."""
 
     request_id: str
     token_id: int  # -1 when the sequence did not sample in this step
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str = ""  # why no token could be drawn; the request cannot go on
 
 
 class StepCompleted(Message, frozen=True, kw_only=True):

@@ -30,7 +30,9 @@ from services.balance.placement import ExpertMap
 from services.model import sampling
 from services.model.attention_model import AttentionModel, MoeInput
 from services.model.batch import Batch
+from services.model.grammar import GrammarError
 from services.model.kv_cache import KvCache
+from services.model.sampler import Sampler
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -80,12 +82,14 @@ class StepExecutor:
         rows_max: int,
         num_blocks: int,
         block_tokens: int,
+        sampler: Sampler,
     ):
         """`rows_max` is the largest step in tokens; KV holds `num_blocks` blocks of `block_tokens` tokens."""
         self._model, self._kv, self._segment = model, kv, segment
         self._side, self._table = experts.side, experts.table
         self._expert_map, self._settings, self._dp_rank = expert_map, settings, dp_rank
         self._rows_max, self._num_blocks, self._block_tokens = rows_max, num_blocks, block_tokens
+        self._sampler = sampler
         self._directory = ExpertDirectory(expert_map.num_expert_ranks)
         self._num_slots = model.config.top_k + int(expert_map.has_shared_expert)
         self._expert_out = np.zeros((rows_max, self._num_slots, model.config.hidden_size), np.float32)
@@ -214,13 +218,20 @@ class StepExecutor:
             num_prompt_rows = len(sequence.next_prompt_token_ids)
             prompt = self._prompt_logprobs(sequence, logits[next_row : next_row + num_prompt_rows])
             next_row += num_prompt_rows
-            token_id, logprob = -1, None
+            token_id, logprob, error = -1, None, ""
             if sequence.sample:
-                token_id, logprob = self._sample(sequence, logits[next_row])
+                try:
+                    token_id, logprob = self._sample(sequence, logits[next_row])
+                except (GrammarError, ValueError) as failure:
+                    error = str(failure)
                 next_row += 1
             sampled.append(
                 SampledToken(
-                    request_id=sequence.request_id, token_id=token_id, logprob=logprob, prompt_logprobs=prompt
+                    request_id=sequence.request_id,
+                    token_id=token_id,
+                    logprob=logprob,
+                    prompt_logprobs=prompt,
+                    error=error,
                 )
             )
         return tuple(sampled)
@@ -228,15 +239,14 @@ class StepExecutor:
     def _sample(self, sequence: PlannedSequence, logits: Float32Array) -> tuple[int, TokenLogprob | None]:
         params = sequence.sampling
         assert params is not None  # check_plan
-        banned = () if sequence.allow_stop else (*params.eos_token_ids, *params.stop_token_ids)
-        token_id = sampling.sample(
+        token_id = self._sampler.draw(
             logits,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=params.seed,
+            params,
+            request_id=sequence.request_id,
             position=sequence.start + len(sequence.token_ids),
-            banned_ids=banned,
+            allow_stop=sequence.allow_stop,
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
         )
         self.counters.sampled_tokens += 1
         if params.logprobs < 0:

@@ -37,6 +37,7 @@ from services.balance.placement import ExpertMap
 from services.model.attention_model import AttentionModel
 from services.model.config import ModelConfig, load_config
 from services.model.numerics import check_row_independence
+from services.model.sampler import Sampler
 from services.pod import a2e_shape, create_segment, thread_failure
 
 STOP_TIMEOUT_S = 2.0
@@ -143,6 +144,7 @@ def make_executor(
         rows_max=config.scheduler.max_num_batched_tokens,
         num_blocks=num_blocks,
         block_tokens=config.kv.block_tokens,
+        sampler=Sampler(settings.model_path(config), model.config.vocab_size),
     )
     executor.pod_map = lambda: member.pod_map
     return executor

@@ -19,7 +19,7 @@ from services.model.batch import Batch
 from services.model.config import load_config
 from services.model.expert_model import ExpertModel
 from services.model.kv_cache import KvCache
-from services.model.sampling import sample
+from services.model.sampler import Sampler
 
 Float = npt.NDArray[np.float32]
 BLOCK_TOKENS = 16
@@ -28,8 +28,9 @@ BLOCK_TOKENS = 16
 class ReferenceModel:
     """Both halves of a model, joined."""
 
-    def __init__(self, attention: AttentionModel, experts: ExpertModel) -> None:
+    def __init__(self, attention: AttentionModel, experts: ExpertModel, folder: str | Path) -> None:
         self.config = attention.config
+        self.folder = folder
         self.attention = attention
         self.experts = experts
 
@@ -42,7 +43,7 @@ class ReferenceModel:
         """
         config = load_config(folder)
         experts = ExpertModel.load(folder, config, range(config.num_experts), config.has_shared_expert)
-        return cls(AttentionModel.load(folder, config), experts)
+        return cls(AttentionModel.load(folder, config), experts, folder)
 
     def forward(self, batch: Batch, kv: KvCache) -> Float:
         """Run all layers over a batch; return the final hidden rows [T, hidden]."""
@@ -73,19 +74,19 @@ class ReferenceModel:
         """Return the output tokens, the stop token included if one was drawn."""
         limit = min(params.max_tokens, self.config.max_position_embeddings - len(prompt_token_ids))
         kv = self._kv_for(len(prompt_token_ids) + max(limit, 1))
+        sampler = Sampler(self.folder, self.config.vocab_size)
         pending, start, output = list(prompt_token_ids), 0, list[int]()
         while len(output) < limit:
             hidden = self.forward(_rows(pending, start, kv), kv)
             start += len(pending)
             allow_stop = len(output) >= params.min_tokens
-            token_id = sample(
+            token_id = sampler.draw(
                 self.attention.logits(hidden[-1:])[0],
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                seed=params.seed,
+                params,
                 position=start,
-                banned_ids=() if allow_stop else (*params.eos_token_ids, *params.stop_token_ids),
+                allow_stop=allow_stop,
+                prompt_token_ids=prompt_token_ids,
+                output_token_ids=output,
             )
             output.append(token_id)
             pending = [token_id]

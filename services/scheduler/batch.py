@@ -48,6 +48,13 @@ class ScheduledRequest:
         request = self.request
         start = request.num_computed_tokens
         num_prompt_logprobs = self.num_prompt_logprobs
+        num_prompt_tokens = request.num_prompt_tokens
+        prompt: tuple[int, ...] = ()
+        output: tuple[int, ...] = ()
+        if self.sample and request.sampling.uses_outputs:
+            output = tuple(request.token_ids[num_prompt_tokens:])
+            if request.sampling.uses_prompt:
+                prompt = tuple(request.token_ids[:num_prompt_tokens])
         return PlannedSequence(
             request_id=request.request_id,
             token_ids=tuple(request.token_ids[start : start + self.num_tokens]),
@@ -55,9 +62,11 @@ class ScheduledRequest:
             block_table=tuple(request.block_ids),
             sample=self.sample,
             sampling=request.sampling if self.sample or num_prompt_logprobs else None,
-            num_prompt_tokens=request.num_prompt_tokens,
+            num_prompt_tokens=num_prompt_tokens,
             allow_stop=request.allow_stop,
             next_prompt_token_ids=tuple(request.token_ids[start + 1 : start + 1 + num_prompt_logprobs]),
+            prompt_token_ids=prompt,
+            output_token_ids=output,
         )
 
 

@@ -274,6 +274,9 @@ class SchedulerCore:
         if sampled is None or complaint is not None:
             self._fail(request, "executor_protocol", complaint or "", retryable=True)
             return
+        if sampled.error:
+            self._fail(request, "no_token_left", sampled.error, retryable=False)
+            return
         request.num_losses = 0
         request.prompt_logprobs += sampled.prompt_logprobs
         request.num_computed_tokens += scheduled.num_tokens

@@ -78,7 +78,7 @@ def complaint(scheduled: ScheduledRequest, sampled: SampledToken | None, vocab_s
     """Return what is wrong with the executor's answer for one request, None when it is as planned."""
     if sampled is None:
         return "the attention worker left a planned request out of its answer"
-    if scheduled.sample and not 0 <= sampled.token_id < vocab_size:
+    if scheduled.sample and not sampled.error and not 0 <= sampled.token_id < vocab_size:
         return f"the attention worker drew token id {sampled.token_id}; vocab_size is {vocab_size}"
     if len(sampled.prompt_logprobs) != scheduled.num_prompt_logprobs:
         return (

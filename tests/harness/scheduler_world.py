@@ -279,6 +279,8 @@ class World:
             stop_token_ids=(1,) if chance.random() < 0.3 else (),
             ignore_eos=chance.random() < 0.3,
             prompt_logprobs=0 if chance.random() < 0.3 else -1,
+            frequency_penalty=0.5 if chance.random() < 0.2 else 0.0,
+            repetition_penalty=1.5 if chance.random() < 0.2 else 1.0,
         )
         client = Client(
             gateway=chance.choice(sorted(self.gateways)),

@@ -93,6 +93,7 @@ class ToyExecutor:
         token_id = -1
         if sequence.sample:
             assert sequence.sampling is not None
+            self._check_history(sequence, tokens)
             token_id = next_token(
                 tokens, sequence.sampling, allow_stop=sequence.allow_stop, vocab_size=self.ready.vocab_size
             )
@@ -103,3 +104,11 @@ class ToyExecutor:
         return SampledToken(
             request_id=sequence.request_id, token_id=token_id, prompt_logprobs=prompt_logprobs
         )
+
+    @staticmethod
+    def _check_history(sequence: PlannedSequence, tokens: list[int]) -> None:
+        """The tokens that penalties and grammars look at are those that were computed, and are sent only then."""
+        assert sequence.sampling is not None
+        prompt, output = tokens[: sequence.num_prompt_tokens], tokens[sequence.num_prompt_tokens :]
+        assert list(sequence.output_token_ids) == (output if sequence.sampling.uses_outputs else [])
+        assert list(sequence.prompt_token_ids) == (prompt if sequence.sampling.uses_prompt else [])

@@ -50,7 +50,7 @@ def test_top_p_keeps_at_least_the_likeliest() -> None:
 def test_banned_ids_are_never_drawn() -> None:
     assert set(draws(200, banned_ids=(1, 3, 99))) == {0, 2, 4}
     assert sample(ROW, **(DEFAULTS | {"temperature": 0.0, "banned_ids": (1,)})) == 3
-    with pytest.raises(ValueError, match="leave no token"):
+    with pytest.raises(ValueError, match="no token is left"):
         sample(ROW, **DEFAULTS, banned_ids=range(5))
 
 

@@ -9,6 +9,7 @@ from bus.control.messages import (
     RequestAccepted,
     RequestFailed,
     RequestRejected,
+    SampledToken,
     StepCompleted,
     TokensGenerated,
 )
@@ -229,6 +230,37 @@ def test_an_impossible_token_fails_only_its_request(token_id: int) -> None:
     failed = [message for message in driver.replies if isinstance(message, RequestFailed)]
     assert [(m.request_id, m.code, m.retryable) for m in failed] == [("a", "executor_protocol", True)]
     assert list(driver.core.requests) == ["b"]
+
+
+def test_a_request_without_a_next_token_fails_alone_and_for_good() -> None:
+    driver = connected()
+    driver.feed(add(create_request("a")), add(create_request("b")))
+    plan = driver.plans[-1]
+    broken = SampledToken(request_id="a", token_id=-1, error="no token may follow the text")
+    fine = SampledToken(request_id="b", token_id=7)
+    driver.feed(StepCompleted(step_id=plan.step_id, incarnation=1, sampled=(broken, fine)))
+    failed = [message for message in driver.replies if isinstance(message, RequestFailed)]
+    assert [(m.request_id, m.code, m.retryable) for m in failed] == [("a", "no_token_left", False)]
+    assert "may follow" in failed[0].message and list(driver.core.requests) == ["b"]
+
+
+def test_earlier_tokens_travel_only_with_requests_that_look_at_them() -> None:
+    driver = connected()
+    driver.feed(
+        add(create_request("plain", outputs=(8,))),
+        add(create_request("frequency", outputs=(8,), frequency_penalty=0.5)),
+        add(create_request("repetition", outputs=(8,), repetition_penalty=1.5)),
+        add(create_request("grammar", outputs=(8,), grammar="start: x")),
+    )
+    sent = {s.request_id: (s.prompt_token_ids, s.output_token_ids) for s in driver.plans[-1].sequences}
+    driver.complete()
+    sent |= {s.request_id: (s.prompt_token_ids, s.output_token_ids) for s in driver.plans[-1].sequences}
+    assert sent == {
+        "plain": ((), ()),
+        "frequency": ((), (8, 7)),
+        "repetition": ((1, 2, 3), (8, 7)),
+        "grammar": ((), (8, 7)),
+    }
 
 
 def test_an_answer_without_a_planned_request_fails_it() -> None:
