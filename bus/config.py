@@ -87,6 +87,12 @@ class GatewayConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     port: int = 8000  # TCP port
     api_keys: tuple[str, ...] = ()  # empty = no key needed
     served_model_name: str = ""  # "" = the model folder's name
+    tool_parser: str = (
+        "auto"  # auto (by model family), none, deepseek_v3, glm45, hermes, kimi_k2 or minimax_m2
+    )
+    reasoning_parser: str = (
+        "auto"  # auto (by chat template), none, deepseek_r1, glm45, kimi_k2, minimax_m2 or qwen3
+    )
     body_bytes_max: int = 4 * 1024**2  # of a request; beyond it: 413
     retry_attempts_max: int = 20  # re-dispatches of one request after deaths
     retry_window_ms: int = 60_000  # how long an accepted request waits for a group that can serve it

@@ -12,7 +12,9 @@ from bus import config as settings
 from bus.config import PodConfig
 from bus.errors import ConfigError
 from gateway.chat_template import ChatTemplate
-from gateway.text import Tokenizer
+from gateway.parsers import families
+from gateway.text import JsonTokenizer, Tokenizer
+from gateway.tiktoken_file import TiktokenTokenizer
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -27,6 +29,8 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     window_tokens: int  # prompt and output together
     vocab_size: int  # of the model, which may be larger than the tokenizer's
+    tool_parser: str = ""  # a name of `gateway.parsers.families`; "" = the family defines no calls
+    has_reasoning: bool = False  # the model may think before it answers
 
 
 def load(config: PodConfig) -> Checkpoint:
@@ -43,13 +47,14 @@ def load(config: PodConfig) -> Checkpoint:
     if model is None:
         raise ConfigError(f"model = {str(folder)!r}: has no config.json")
     tokenizer_settings = _read_json(folder / "tokenizer_config.json") or {}
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = _tokenizer(folder)
     special_tokens = _special_tokens(tokenizer_settings)
     generation = _read_json(folder / "generation_config.json") or {}
     vocab_size = _positive(model, "vocab_size", folder)
     eos_token_ids = _eos_token_ids(generation, model, tokenizer.token_id(special_tokens.get("eos_token", "")))
     source = _template_source(folder, tokenizer_settings)
     chars_max = 4 * config.gateway.body_bytes_max
+    model_type = str(model.get("model_type", ""))
     return Checkpoint(
         name=settings.model_name(config),
         tokenizer=tokenizer,
@@ -57,7 +62,15 @@ def load(config: PodConfig) -> Checkpoint:
         eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id < vocab_size),
         window_tokens=_window_tokens(config, _positive(model, "max_position_embeddings", folder)),
         vocab_size=vocab_size,
+        tool_parser=families.tool_parser_name(config.gateway.tool_parser, model_type, source or ""),
+        has_reasoning=families.has_reasoning(config.gateway.reasoning_parser, source or ""),
     )
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file() and (folder / "tiktoken.model").is_file():
+        return TiktokenTokenizer.from_folder(folder)
+    return JsonTokenizer.from_folder(folder)
 
 
 def _read_json(path: Path) -> dict[str, object] | None:

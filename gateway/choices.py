@@ -59,8 +59,10 @@ class Choice:
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self.is_finished = False
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skip_special_tokens)
-        self._matcher = StopMatcher(options.stop_strings)
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=options.skip_special_tokens, shown=options.shown_tokens
+        )
+        self._matcher = StopMatcher(options.stop_strings, include=options.include_stop_string)
         eos_token_ids = () if sampling.ignore_eos else sampling.eos_token_ids
         self._eos_token_ids = frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(sampling.stop_token_ids + eos_token_ids)

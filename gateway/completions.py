@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from bus.config import GatewayConfig
 from bus.control.messages import PodMap
-from gateway import parameters, prompts, schemas
+from gateway import parameters, prompts, schemas, structured, tools
 from gateway.checkpoint import Checkpoint
 from gateway.choices import ChoicePlan, Update
 from gateway.core import JobExecutor
@@ -77,7 +77,7 @@ async def create_completion(request: Request) -> Response:
     _check(api, body)
     found = await prompts.completion_prompts(body, api.checkpoint)
     response_id = _response_id("cmpl", body.request_id)
-    plans = _plans(api, body, found, response_id)
+    plans = _plans(api, body, found, response_id, await _grammar(api, body))
     echoes = [found[plan.prompt_index].text for plan in plans] if body.echo else None
     envelope = _envelope(api, body, response_id)
     return await _respond(
@@ -95,11 +95,14 @@ async def create_chat_completion(request: Request) -> Response:
         api.checkpoint,
         add_generation_prompt=body.add_generation_prompt is not False,
         template_kwargs=body.chat_template_kwargs,
+        tools=tools.offered(body),
     )
     response_id = _response_id("chatcmpl", body.request_id)
-    plans = _plans(api, body, [prompt], response_id)
+    reading, demands = tools.reading(body, api.checkpoint, prompt.text)
+    plans = _plans(api, body, [prompt], response_id, await _grammar(api, body, *demands), reading)
     envelope = _envelope(api, body, response_id)
-    return await _respond(request, api, plans, ChatFormat(envelope, plans, api.checkpoint.tokenizer), body)
+    form = ChatFormat(envelope, plans, api.checkpoint.tokenizer, reading)
+    return await _respond(request, api, plans, form, body)
 
 
 def _check(api: Api, body: CompletionBody | ChatBody) -> None:
@@ -115,6 +118,8 @@ def _envelope(api: Api, body: CompletionBody | ChatBody, response_id: str) -> En
         model=api.checkpoint.name,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         return_token_ids=bool(body.return_token_ids),
+        prompt_logprobs=body.prompt_logprobs is not None,
+        include_reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
     )
 
 
@@ -126,13 +131,27 @@ def _response_id(prefix: str, request_id: str | None) -> str:
     return f"{prefix}-{request_id}"
 
 
+async def _grammar(api: Api, body: CompletionBody | ChatBody, *demands: structured.Request) -> str:
+    grammar = await structured.grammar_of(body, *demands)
+    if grammar and not api.checkpoint.eos_token_ids:
+        text = "the model has no end token, so structured output would never end"
+        raise ApiError(400, "unsupported_value", text, param="response_format")
+    return grammar
+
+
 def _plans(
-    api: Api, body: CompletionBody | ChatBody, found: Sequence[prompts.Prompt], response_id: str
+    api: Api,
+    body: CompletionBody | ChatBody,
+    found: Sequence[prompts.Prompt],
+    response_id: str,
+    grammar: str,
+    reading: tools.Reading | None = None,
 ) -> list[ChoicePlan]:
     """One plan per prompt and choice. A client may repeat its ids, schedulers must never see one twice."""
     n = parameters.num_choices(body)
     seed = parameters.base_seed(body.seed, secrets.randbits(63))
-    options = parameters.text_options(body)
+    options = parameters.text_options(body, reading.shown_tokens if reading else ())
+    grammar_after = reading.grammar_after_token_id if reading and grammar else -1
     unique = f"{response_id}-{secrets.token_hex(4)}" if body.request_id else response_id
     plans: list[ChoicePlan] = []
     for prompt_index, prompt in enumerate(found):
@@ -144,6 +163,8 @@ def _plans(
                 seed=parameters.choice_seed(seed, choice),
                 eos_token_ids=api.checkpoint.eos_token_ids,
                 vocab_size=api.checkpoint.vocab_size,
+                grammar=grammar,
+                grammar_after_token_id=grammar_after,
             )
             index = len(plans)
             request_id = f"{unique}-{index}" if n * len(found) > 1 else unique

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bus.control.messages import TokenLogprob
+from gateway.chat_text import ChatText, delta_of, message_of
 from gateway.choices import ChoicePlan, Update
 from gateway.schemas import JsonObject
 from gateway.text import Tokenizer
+from gateway.tools import Reading
 
 _LOGPROB_MIN = -9999.0  # JSON has no infinity
 
@@ -28,6 +30,8 @@ class Envelope:
     model: str
     include_usage: bool = False  # of a stream
     return_token_ids: bool = False
+    prompt_logprobs: bool = False  # vLLM's, of a whole body
+    include_reasoning: bool = True
 
     def wrap(
         self, kind: str, choices: list[JsonObject], usage: JsonObject | None, *, chunk: bool
@@ -68,6 +72,26 @@ class Format(ABC):
     @abstractmethod
     def whole(self, updates: Sequence[Update], usage: JsonObject) -> JsonObject:
         """Return the body of a response that is not streamed; one update per choice, in order."""
+
+    def prompt_logprobs(self, plan: ChoicePlan, update: Update) -> list[JsonObject | None] | None:
+        """Return vLLM's `prompt_logprobs`: per prompt token a mapping from token id, None for the first."""
+        if not self.envelope.prompt_logprobs:
+            return None
+        found: list[JsonObject | None] = [None]
+        for entry in update.prompt_logprobs:
+            ranked = zip(entry.top_token_ids, entry.top_logprobs, range(1, 1 << 31), strict=False)
+            tokens = [*ranked, (entry.token_id, entry.logprob, entry.rank)]
+            found.append(
+                {
+                    str(token_id): {
+                        "logprob": _finite(logprob),
+                        "rank": rank,
+                        "decoded_token": self.tokenizer.token_text(token_id),
+                    }
+                    for token_id, logprob, rank in tokens
+                }
+            )
+        return found[: len(plan.prompt_token_ids)]
 
     def says_something(self, update: Update) -> bool:
         """Tell whether a chunk is due."""
@@ -142,6 +166,8 @@ class CompletionFormat(Format):
             prompt = self.plans[update.index].prompt_token_ids
             choice["prompt_token_ids"] = list(prompt) if is_first else None
             choice["token_ids"] = list(update.token_ids)
+        if self.envelope.prompt_logprobs:
+            choice["prompt_logprobs"] = self.prompt_logprobs(self.plans[update.index], update)
         return choice
 
     def _logprobs(self, update: Update, *, with_prompt: bool) -> JsonObject | None:
@@ -176,7 +202,17 @@ class CompletionFormat(Format):
 
 
 class ChatFormat(Format):
-    """`/v1/chat/completions`."""
+    """`/v1/chat/completions`. `reading` says how the text is read: what is reasoning, and what calls a tool."""
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        plans: Sequence[ChoicePlan],
+        tokenizer: Tokenizer,
+        reading: Reading | None = None,
+    ) -> None:
+        super().__init__(envelope, plans, tokenizer)
+        self._messages = [ChatText(reading.parser() if reading else None) for _ in plans]
 
     def first_chunks(self) -> list[JsonObject]:
         """Return one chunk per choice that says who speaks."""
@@ -190,9 +226,11 @@ class ChatFormat(Format):
 
     def chunk(self, update: Update) -> JsonObject | None:
         """Return the chunk for an update."""
-        if not self.says_something(update):
+        parts = self._messages[update.index].read(update)
+        delta = delta_of(parts, include_reasoning=self.envelope.include_reasoning)
+        if not delta and not self.says_something(replace(update, text="")):
             return None
-        choice = self._chunk_choice(update, {"content": update.text} if update.text else {})
+        choice = self._chunk_choice(update, delta)
         return self.envelope.wrap("chat.completion.chunk", [choice], None, chunk=True)
 
     def usage_chunk(self, usage: JsonObject) -> JsonObject:
@@ -203,11 +241,14 @@ class ChatFormat(Format):
         """Return the whole body."""
         choices = []
         for update in updates:
-            message = {"role": "assistant", "content": update.text, "refusal": None}
+            parts = self._messages[update.index].read(update)
+            message = message_of(parts, include_reasoning=self.envelope.include_reasoning)
             choices.append(self._with_ids({**self._choice(update), "message": message}, update))
         body = self.envelope.wrap("chat.completion", choices, usage, chunk=False)
         if self.envelope.return_token_ids:
             body["prompt_token_ids"] = list(self.plans[0].prompt_token_ids)
+        if self.envelope.prompt_logprobs:
+            body["prompt_logprobs"] = self.prompt_logprobs(self.plans[0], updates[0])
         return body
 
     def _chunk_choice(self, update: Update, delta: JsonObject) -> JsonObject:
@@ -217,7 +258,7 @@ class ChatFormat(Format):
         return {
             "index": update.index,
             "logprobs": self._logprobs(update),
-            "finish_reason": update.finish_reason or None,
+            "finish_reason": self._messages[update.index].finish_reason(update) or None,
             "stop_reason": update.stop_reason,
         }
 

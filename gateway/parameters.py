@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,30 +21,22 @@ _STOP_CHARS_MAX = 1024
 _STOP_TOKEN_IDS_MAX = 256
 _TOP_LOGPROBS_MAX = 20
 _SEED_BITS = 63
+_BIASES_MAX = 1024
+
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "priority": (0,),
     "cache_salt": (),
     "kv_transfer_params": ({},),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "prompt_logprobs": (),
 }
 _NEUTRAL_COMPLETION: dict[str, tuple[object, ...]] = {"suffix": ("",)}
 _NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),  # without tools it says nothing
     "echo": (False,),
     "continue_final_message": (False,),
     "chat_template": (),
@@ -65,6 +58,8 @@ class TextOptions:
     stop_strings: tuple[str, ...] = ()
     min_tokens: int = 0  # stop strings are not looked for in these
     skip_special_tokens: bool = True
+    include_stop_string: bool = False
+    shown_tokens: tuple[str, ...] = ()  # special tokens that are text all the same: a parser's markers
 
 
 def check_neutral(body: SamplingBody) -> None:
@@ -108,6 +103,17 @@ def num_logprobs(body: CompletionBody | ChatBody) -> int:
     return top if body.logprobs else -1
 
 
+def num_prompt_logprobs(body: CompletionBody | ChatBody) -> int:
+    """Return how many likeliest tokens to report for each prompt token, -1 for none: vLLM's `prompt_logprobs`,
+    or OpenAI's `echo` with `logprobs`."""
+    echoed = num_logprobs(body) if isinstance(body, CompletionBody) and body.echo else -1
+    if body.prompt_logprobs is None:
+        return echoed
+    if body.stream:
+        raise invalid("prompt_logprobs", body.prompt_logprobs, "cannot be streamed; leave stream out")
+    return max(echoed, _in_range("prompt_logprobs", body.prompt_logprobs, 0, 0, _TOP_LOGPROBS_MAX))
+
+
 def max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, window_tokens: int) -> int:
     """Return how many tokens to generate at most, after checking that they fit behind the prompt."""
     room = window_tokens - num_prompt_tokens
@@ -115,6 +121,9 @@ def max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, window_t
     lowest = 1
     if isinstance(body, ChatBody):
         if body.max_completion_tokens is not None:
+            if wanted not in (None, body.max_completion_tokens):
+                rule = f"contradicts max_completion_tokens = {body.max_completion_tokens}; send one of them"
+                raise invalid(name, wanted, rule, code="contradictory_fields")
             name, wanted = "max_completion_tokens", body.max_completion_tokens
         default = room
     else:
@@ -144,12 +153,14 @@ def _beyond_window(
     return ApiError(400, "context_length_exceeded", text, param=param)
 
 
-def text_options(body: SamplingBody) -> TextOptions:
+def text_options(body: SamplingBody, shown_tokens: tuple[str, ...] = ()) -> TextOptions:
     """Return the text layer's part, checked."""
     return TextOptions(
         stop_strings=_stop_strings(body.stop),
         min_tokens=body.min_tokens or 0,
         skip_special_tokens=body.skip_special_tokens is not False,
+        include_stop_string=bool(body.include_stop_str_in_output),
+        shown_tokens=shown_tokens,
     )
 
 
@@ -160,6 +171,8 @@ def sampling_params(
     seed: int,
     eos_token_ids: tuple[int, ...],
     vocab_size: int,
+    grammar: str = "",
+    grammar_after_token_id: int = -1,
 ) -> SamplingParams:
     """Return the scheduler's part, checked.
 
@@ -167,12 +180,13 @@ def sampling_params(
         max_tokens: as `max_tokens()` returned it.
         seed: of this choice, 63 bits.
         eos_token_ids, vocab_size: of the model.
+        grammar: as `structured.grammar_of` returned it.
+        grammar_after_token_id: where it begins; see `SamplingParams`.
 
     Raises:
         ApiError: 400, naming field, value and rule.
     """
     logprobs = num_logprobs(body)
-    echo = isinstance(body, CompletionBody) and bool(body.echo)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_number("temperature", body.temperature, 1.0, lambda t: 0 <= t <= 2, "must be 0..2"),
@@ -184,8 +198,38 @@ def sampling_params(
         eos_token_ids=eos_token_ids,
         stop_token_ids=_stop_token_ids(body.stop_token_ids, vocab_size),
         logprobs=logprobs,
-        prompt_logprobs=logprobs if echo else -1,
+        prompt_logprobs=num_prompt_logprobs(body),
+        min_p=_number("min_p", body.min_p, 0.0, lambda p: 0 <= p <= 1, "must be 0..1"),
+        presence_penalty=_penalty("presence_penalty", body.presence_penalty),
+        frequency_penalty=_penalty("frequency_penalty", body.frequency_penalty),
+        repetition_penalty=_number(
+            "repetition_penalty",
+            body.repetition_penalty,
+            1.0,
+            lambda r: 0.01 <= r <= 100,
+            "must be 0.01..100",
+        ),
+        logit_bias=_logit_bias(body.logit_bias, vocab_size),
+        grammar=grammar,
+        grammar_after_token_id=grammar_after_token_id,
     )
+
+
+def _penalty(name: str, value: float | None) -> float:
+    return _number(name, value, 0.0, lambda p: -2 <= p <= 2, "must be -2..2")
+
+
+def _logit_bias(biases: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if len(biases or ()) > _BIASES_MAX:
+        raise invalid("logit_bias", f"{len(biases or ())} entries", f"must be at most {_BIASES_MAX}")
+    found: dict[int, float] = {}
+    for key, bias in (biases or {}).items():
+        if not _TOKEN_ID.fullmatch(key) or int(key) >= vocab_size:
+            raise invalid("logit_bias", key, f"token ids must be 0..{vocab_size - 1}")
+        if not -100 <= bias <= 100:
+            raise invalid("logit_bias", {key: bias}, "must be -100..100")
+        found[int(key)] = float(bias)
+    return tuple(sorted(found.items()))
 
 
 def base_seed(seed: int | None, drawn: int) -> int:

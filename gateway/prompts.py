@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from gateway.checkpoint import Checkpoint
 from gateway.errors import ApiError, invalid
 from gateway.parameters import check_token_ids
-from gateway.schemas import ChatMessage, CompletionBody, JsonObject
+from gateway.parsers import families
+from gateway.schemas import ChatMessage, CompletionBody, JsonObject, ToolCall, ToolSpec
 
 _PROMPTS_MAX = 256
 _INLINE_CHARS_MAX = 16_384  # a longer text is tokenised in a thread, so that streams do not stutter
@@ -71,6 +74,7 @@ async def chat_prompt(
     *,
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, object] | None,
+    tools: Sequence[ToolSpec] = (),
 ) -> Prompt:
     """Return the prompt that the chat template makes of the messages.
 
@@ -82,24 +86,49 @@ async def chat_prompt(
         raise ApiError(400, "no_chat_template", text, param="messages")
     if not messages:
         raise invalid("messages", [], "must not be empty")
-    turns = [_turn(message, place) for place, message in enumerate(messages)]
-    rendered = checkpoint.chat_template.render(
-        turns, add_generation_prompt=add_generation_prompt, extra=template_kwargs
+    as_text = families.writes_arguments_as_text(checkpoint.tool_parser)
+    turns = [_turn(message, place, arguments_as_text=as_text) for place, message in enumerate(messages)]
+    rendered = await asyncio.to_thread(  # streams go on while a template is slow
+        checkpoint.chat_template.render,
+        turns,
+        tools=[msgspec.to_builtins(tool) for tool in tools],
+        add_generation_prompt=add_generation_prompt,
+        extra=template_kwargs,
     )
     return Prompt(tuple(await encode(checkpoint, rendered, add_special_tokens=False)), rendered)
 
 
-def _turn(message: ChatMessage, place: int) -> dict[str, object]:
+def _turn(message: ChatMessage, place: int, *, arguments_as_text: bool) -> dict[str, object]:
     """Return what the template sees: only the fields that are set."""
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if getattr(message, name):
             raise invalid(f"messages[{place}].{name}", getattr(message, name), "is not supported yet")
     turn: dict[str, object] = {"role": message.role, "content": _content(message, place)}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        value = getattr(message, name)
+    reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    for name, value in (
+        ("name", message.name),
+        ("tool_call_id", message.tool_call_id),
+        ("reasoning_content", reasoning),
+    ):
         if value is not None:
             turn[name] = value
+    if message.tool_calls:
+        where = f"messages[{place}].tool_calls"
+        calls = [_call(call, where, as_text=arguments_as_text) for call in message.tool_calls]
+        turn["tool_calls"] = calls
     return turn
+
+
+def _call(call: ToolCall, where: str, *, as_text: bool) -> dict[str, object]:
+    """Return an earlier call for the template; most templates want its arguments as an object."""
+    arguments: object = call.function.arguments
+    if not as_text:
+        try:
+            arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, object])
+        except (msgspec.MsgspecError, RecursionError):
+            raise invalid(f"{where}.function.arguments", arguments, "must be a JSON object") from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _content(message: ChatMessage, place: int) -> str:

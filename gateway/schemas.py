@@ -9,7 +9,7 @@ other value of one is refused by `gateway.parameters`, never ignored. Fields tha
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,34 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of `response_format`. `name`, `description` and `strict` change nothing: the schema always holds."""
+
+    schema: JsonObject | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`. `grammar` is Lark or GBNF."""
+
+    json: JsonObject | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -49,22 +77,27 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
     request_id: str | None = None
-
-    # only at their neutral value
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = None  # token id -> -100..100
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    # only at their neutral value
     priority: int | None = None
     cache_salt: str | None = None
     kv_transfer_params: JsonObject | None = None
-    response_format: JsonObject | None = None
     spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    prompt_logprobs: int | None = None
 
     # change nothing
     user: str | None = None
@@ -86,6 +119,50 @@ class CompletionBody(SamplingBody, kw_only=True, forbid_unknown_fields=True):
     add_special_tokens: bool | None = None
 
 
+class FunctionSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One of `tools`; chat templates see the fields in this order."""
+
+    type: Literal["function"] = "function"
+    function: FunctionSpec
+
+
+class NamedFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of `tool_choice`."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`tool_choice` that names a function."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class CalledFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What was called; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call in an earlier turn of the assistant."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One turn. Only text parts of `content` are understood."""
 
@@ -93,8 +170,9 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     content: str | list[JsonObject] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[JsonObject] | None = None
+    tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name for it
     refusal: str | None = None
     audio: JsonObject | None = None
     annotations: list[JsonObject] | None = None
@@ -110,13 +188,14 @@ class ChatBody(SamplingBody, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     # only at their neutral value
-    tools: list[JsonObject] | None = None
     functions: list[JsonObject] | None = None
-    tool_choice: str | JsonObject | None = None
     function_call: str | JsonObject | None = None
-    parallel_tool_calls: bool | None = None
     echo: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None

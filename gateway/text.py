@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -25,7 +25,39 @@ _WINDOW_TOKENS_KEPT = 16
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
+    """Text and token ids, whatever file they come from. Thread-safe."""
+
+    is_byte_level: bool  # every token is bytes, and decoding joins them
+    special_token_ids: frozenset[int]
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of token ids that have text."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of `token_ids`; ids without text add nothing."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its exact content, e.g. `<|im_end|>`."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for, which need not be whole characters."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as text; broken characters show as U+FFFD."""
+        ...
+
+
+class JsonTokenizer:
     """A Hugging Face `tokenizer.json`. Thread-safe: encoding releases the GIL."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,9 +68,12 @@ class Tokenizer:
         self._added: dict[int, str] = {
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path) -> JsonTokenizer:
         """Read `tokenizer.json` of a checkpoint.
 
         Raises:
@@ -94,19 +129,23 @@ class Detokenizer:
     """Text of a growing sequence of tokens, never half a character.
 
     `_window` holds the last tokens: those since the last clean boundary, and the piece before it for context.
-    `_num_emitted` characters of the window's text have been handed out.
+    `_num_emitted` characters of the window's text have been handed out. Special tokens are left out, but for
+    those that are `shown` because a parser looks for them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown: Sequence[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        ids = {tokenizer.token_id(token) for token in shown} if skip_special_tokens else set()
+        self._hidden = tokenizer.special_token_ids - ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._boundary = 0
         self._num_emitted = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Append tokens; return the text that has become certain, perhaps none."""
-        self._window += token_ids
+        self._window += [token_id for token_id in token_ids if token_id not in self._hidden]
         text = self._decode()
         num_stable = self._stable_length(text)
         new = text[self._num_emitted : num_stable]
@@ -140,30 +179,33 @@ class Detokenizer:
         return len(text) - num_broken
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
 
 class StopMatcher:
     """Finds the first stop string of a text that arrives in pieces.
 
     First means: the one whose last character comes first; of those that end there, the longest. So the result
-    does not depend on how the text was cut into pieces.
+    does not depend on how the text was cut into pieces. With `include`, a matched stop string is part of the
+    text.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, include: bool = False) -> None:
         self._stop_strings = tuple(stop_strings)
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Append text; return what is certain to come before any stop string. Nothing after a match."""
+        """Append text; return what is certain to come before any stop string, and a matched one if it is to be
+        included. Nothing after a match."""
         if self.matched is not None:
             return ""
         buffer = self._held + text
         start = self._find(buffer)
         if self.matched is not None:
             self._held = ""
-            return buffer[:start]
+            return buffer[: start + len(self.matched) * self._include]
         num_held = self._num_to_hold(buffer)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held]

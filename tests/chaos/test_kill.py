@@ -22,9 +22,10 @@ from tests.harness.client import Stream, stream_completion
 from tests.harness.oracle import expected_tokens
 from tests.harness.pod import Pod, running_pod
 from tests.harness.poll import async_eventually, eventually, is_running
+from tests.harness.sampling_cases import CASES, Case
 
 FOLDER = GOLDENS / "deepseek_v3"
-NUM_STREAMS = 6
+NUM_STREAMS = 7
 MAX_TOKENS = 300
 KILL_AFTER_TOKENS = 60  # over all streams: each is in its middle then
 HEAL_S_MAX = 15.0
@@ -41,9 +42,13 @@ def prompt(i: int) -> list[int]:
     return [(7 * i + 3 * j) % 190 + 5 for j in range(4 + i)]
 
 
-def sampling(i: int) -> dict[str, object]:
-    """Every other stream samples, so that seeds and positions survive too."""
-    return {"temperature": 0.8, "top_p": 0.95, "seed": 100 + i} if i % 2 else {"temperature": 0.0}
+def sampling(i: int) -> Case:
+    """Each stream samples in another way, so that seeds, positions, penalties and grammars survive too."""
+    return CASES[i % len(CASES)]
+
+
+def expected(i: int) -> list[int]:
+    return expected_tokens(FOLDER, prompt(i), MAX_TOKENS, seed=100 + i, **sampling(i).oracle)
 
 
 async def kill_in_mid_stream(pod: Pod, service: str, index: int, sig: int = signal.SIGKILL) -> None:
@@ -57,8 +62,9 @@ async def kill_in_mid_stream(pod: Pod, service: str, index: int, sig: int = sign
                 streams[i] = stream
 
             return await stream_completion(
-                client, prompt(i), max_tokens=MAX_TOKENS, ignore_eos=True, on_tokens=remember, **sampling(i)
-            )
+                client, prompt(i), max_tokens=MAX_TOKENS, ignore_eos=True, on_tokens=remember, seed=100 + i,
+                **sampling(i).http,
+            )  # fmt: skip
 
         tasks = [asyncio.create_task(one(i)) for i in range(NUM_STREAMS)]
         await async_eventually(
@@ -74,7 +80,7 @@ async def kill_in_mid_stream(pod: Pod, service: str, index: int, sig: int = sign
     assert unfinished == NUM_STREAMS, "the kill must hit the streams in their middle"
     for i, stream in enumerate(results):
         assert stream.error is None, (service, i, stream.error)
-        assert stream.token_ids == expected_tokens(FOLDER, prompt(i), MAX_TOKENS, **sampling(i)), (service, i)
+        assert stream.token_ids == expected(i), (service, sampling(i).name)
         assert stream.done and stream.finish_reason == "length"
     await asyncio.to_thread(assert_healed, pod, victim, killed_at)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 
@@ -98,6 +99,96 @@ def test_sampling_follows_the_seed(client: openai.OpenAI, model: str) -> None:
     three = sample(11, n=3)
     assert three == sample(11, n=3) and three[0] == sample(11)[0]
     assert three[0] != three[1] and sample(12)[0] != three[0]
+
+
+def test_sampling_parameters_change_what_is_drawn(client: openai.OpenAI, model: str) -> None:
+    plain = token_ids(complete(client, model).choices[0])
+    never = {str(token): -100 for token in plain}
+    other = token_ids(complete(client, model, logit_bias=never).choices[0])
+    assert not set(other) & set(plain)
+    often = complete(client, model, logit_bias={"40": 100}, max_tokens=6)
+    assert token_ids(often.choices[0]) == [40] * 6
+    rare = complete(
+        client, model, logit_bias={"40": 30}, frequency_penalty=2, presence_penalty=2, max_tokens=40
+    )
+    assert 0 < token_ids(rare.choices[0]).count(40) < 40
+    extra = {**GREEDY["extra_body"], "repetition_penalty": 1.3, "min_p": 0.05}  # type: ignore[dict-item]
+    sampled = [complete(client, model, temperature=1, seed=3, extra_body=extra) for _ in range(2)]
+    assert token_ids(sampled[0].choices[0]) == token_ids(sampled[1].choices[0])
+
+
+def test_choices_with_every_parameter_and_their_usage(client: openai.OpenAI, model: str) -> None:
+    fields = {"temperature": 1.0, "seed": 5, "presence_penalty": 0.5, "logit_bias": {"40": 2}}
+    body = complete(client, model, n=4, **fields)
+    assert len({tuple(token_ids(choice)) for choice in body.choices}) == 4
+    assert body.usage is not None and body.usage.completion_tokens == 48 and body.usage.prompt_tokens == 5
+    assert token_ids(body.choices[0]) == token_ids(complete(client, model, **fields).choices[0])
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["kind", "legs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_output_that_follows_a_schema(client: openai.OpenAI, model: str, seed: int) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}}
+    fields = {"temperature": 1.0, "seed": seed, "max_tokens": 400, "messages": CHAT, "model": model}
+    whole = client.chat.completions.create(**fields, response_format=form)  # type: ignore[call-overload]
+    answer = json.loads(whole.choices[0].message.content)
+    assert answer["kind"] in ("cat", "dog") and 0 <= answer["legs"] <= 9
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = client.chat.completions.create(**fields, response_format=form, stream=True)  # type: ignore[call-overload]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"guided_choice": ["red", "green"]},
+        {"structured_outputs": {"choice": ["red", "green"]}},
+        {"guided_regex": "red|green"},
+        {"guided_grammar": 'root ::= "red" | "green"'},
+    ],
+)
+def test_output_that_follows_a_grammar(client: openai.OpenAI, model: str, extra: dict[str, object]) -> None:
+    body = complete(client, model, temperature=1.0, max_tokens=20, extra_body=extra)
+    assert body.choices[0].text in ("red", "green") and body.choices[0].finish_reason == "stop"
+
+
+TOOL = {"type": "function", "function": {"name": "describe", "parameters": SCHEMA}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "describe"}}])
+def test_demanded_tool_calls(client: openai.OpenAI, model: str, choice: object) -> None:
+    fields = {
+        "model": model,
+        "messages": CHAT,
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "max_tokens": 400,
+        "seed": 2,
+    }
+    body = client.chat.completions.create(**fields, parallel_tool_calls=False)  # type: ignore[call-overload]
+    (call,) = body.choices[0].message.tool_calls
+    assert call.function.name == "describe" and json.loads(call.function.arguments).keys() == {"kind", "legs"}
+    assert body.choices[0].finish_reason == "tool_calls" and body.choices[0].message.content is None
+    chunks = client.chat.completions.create(**fields, parallel_tool_calls=False, stream=True)  # type: ignore[call-overload]
+    pieces = [entry for c in chunks for entry in c.choices[0].delta.tool_calls or []]
+    assert pieces[0].function.name == "describe"
+    assert "".join(piece.function.arguments for piece in pieces) == call.function.arguments
+
+
+def test_prompt_logprobs(client: openai.OpenAI, model: str) -> None:
+    made = complete(client, model, logprobs=0).choices[0]
+    extra = {"prompt_logprobs": 1}
+    scored = complete(client, model, prompt=PROMPT_IDS + token_ids(made), max_tokens=1, extra_body=extra)
+    entries = scored.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    values = [entry[str(t)]["logprob"] for entry, t in zip(entries[5:], token_ids(made), strict=True)]
+    assert entries[0] is None and made.logprobs is not None and values == made.logprobs.token_logprobs
 
 
 def test_stop_strings_cut_the_text_the_same_way_streamed_and_not(client: openai.OpenAI, model: str) -> None:
@@ -239,6 +330,12 @@ def test_errors_have_openais_shape(client: openai.OpenAI, model: str) -> None:
             model=model, messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
         )  # type: ignore[call-overload]
     assert tools.value.param == "tools"
+    with pytest.raises(openai.BadRequestError) as schema:
+        complete(client, model, extra_body={"guided_json": {"type": "thing"}})
+    assert (schema.value.param, schema.value.code) == ("guided_json", "invalid_grammar")
+    with pytest.raises(openai.BadRequestError) as bias:
+        complete(client, model, logit_bias={"512": 1})
+    assert bias.value.param == "logit_bias"
 
 
 def test_errors_come_before_a_stream_starts(client: openai.OpenAI, model: str) -> None:

@@ -42,14 +42,14 @@ TEMPLATE = (
 WINDOW_TOKENS = 200
 
 
-def byte_tokenizer() -> text.Tokenizer:
-    """256 byte tokens, then `<|end|>` (256)."""
+def byte_tokenizer(*special: str) -> text.JsonTokenizer:
+    """256 byte tokens, then `<|end|>` (256) and further special tokens."""
     alphabet = dict(text._BYTE_OF_CHAR)
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    return text.Tokenizer(tokenizer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", *special)])
+    return text.JsonTokenizer(tokenizer)
 
 
 END = 256
@@ -140,7 +140,15 @@ class FakeScheduler:
 class GatewayWorld:
     """Everything between an HTTP client and fake schedulers."""
 
-    def __init__(self, config: GatewayConfig | None = None, *, template: str | None = TEMPLATE) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig | None = None,
+        *,
+        template: str | None = TEMPLATE,
+        tool_parser: str = "",
+        has_reasoning: bool = False,
+        tokenizer: text.Tokenizer = TOKENIZER,
+    ) -> None:
         self.config = config or GatewayConfig()
         self.schedulers: dict[int, FakeScheduler] = {}
         self.settings: dict[str, object] = {}
@@ -152,7 +160,9 @@ class GatewayWorld:
         chat_template = (
             ChatTemplate(template, {"eos_token": "<|end|>"}, rendered_chars_max=10_000) if template else None
         )
-        self.checkpoint = Checkpoint("tiny", TOKENIZER, chat_template, (END,), WINDOW_TOKENS, 260)
+        self.checkpoint = Checkpoint(
+            "tiny", tokenizer, chat_template, (END,), WINDOW_TOKENS, 260, tool_parser, has_reasoning
+        )
         self.app = app.build(
             Api(
                 config=self.config,

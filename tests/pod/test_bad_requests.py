@@ -134,12 +134,35 @@ def test_a_body_that_is_not_json(http: httpx.Client, path: str, content: bytes) 
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"request_id": "a b"}, "request_id", "invalid_value"),
         ({"model": "gpt-x"}, "model", "model_not_found"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_value"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_value"),
-        ({"min_p": 0.1}, "min_p", "unsupported_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 200}}, "logit_bias", "invalid_value"),
+        ({"min_p": -0.1}, "min_p", "invalid_value"),
         ({"suffix": "end"}, "suffix", "unsupported_value"),
         ({"use_beam_search": True}, "use_beam_search", "unsupported_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+        ({"guided_regex": "(a"}, "guided_regex", "invalid_grammar"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "contradictory_fields"),
+        (
+            {
+                "guided_json": {
+                    "allOf": [
+                        {
+                            "anyOf": [
+                                {"type": "object", "properties": {f"k{i}{j}": {"const": i}}}
+                                for i in range(12)
+                            ]
+                        }
+                        for j in range(8)
+                    ]
+                }
+            },
+            "guided_json",
+            "invalid_grammar",
+        ),
+        ({"guided_json": {"enum": ["x" * 70_000]}}, "guided_json", "invalid_value"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -176,7 +199,8 @@ def test_a_wrong_completion(
         ({"prompt": "x"}, "prompt", "invalid_type"),
         ({"model": "gpt-x"}, "model", "model_not_found"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_value"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_value"),
+        ({"tool_choice": "required"}, "tool_choice", "contradictory_fields"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "contradictory_fields"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_value"),
     ],
     ids=lambda value: str(value)[:40],

@@ -13,6 +13,7 @@ from tests.conftest import GOLDENS
 from tests.harness.client import Stream, stream_completion
 from tests.harness.oracle import expected_tokens, oracle
 from tests.harness.pod import Pod
+from tests.harness.sampling_cases import CASES, Case
 
 FAMILIES = ["qwen3_moe", "deepseek_v3"]
 
@@ -67,6 +68,27 @@ async def test_sampling_depends_on_the_seed_alone(family: tuple[Path, Pod]) -> N
     assert [s.token_ids for s in streams] == [expected_tokens(folder, p, 16, **fields) for p in given]
     other = await run_all(pod, given[:1], max_tokens=16, ignore_eos=True, **{**fields, "seed": 12})
     assert other[0].token_ids != streams[0].token_ids
+
+
+async def test_every_parameter_alone_and_in_a_batch_of_32(family: tuple[Path, Pod]) -> None:
+    """Penalties, bias, min-p and grammars: what a request draws is its own affair."""
+    folder, pod = family
+    given = [(prompt, CASES[i % len(CASES)], 50 + i) for i, prompt in enumerate(prompts(32))]
+    async with httpx.AsyncClient(base_url=pod.url, timeout=60) as client:
+
+        async def one(prompt: list[int], case: Case, seed: int) -> list[int]:
+            stream = await stream_completion(
+                client, prompt, max_tokens=20, ignore_eos=True, seed=seed, **case.http
+            )
+            assert stream.error is None and stream.done, (case.name, stream.error)
+            return stream.token_ids
+
+        together = await asyncio.gather(*(one(*args) for args in given))
+        alone = [await one(*args) for args in given[: len(CASES)]]
+    expected = [expected_tokens(folder, p, 20, seed=seed, **case.oracle) for p, case, seed in given]
+    for (_, case, _), got, wanted in zip(given, together, expected, strict=True):
+        assert got == wanted, case.name
+    assert alone == expected[: len(CASES)]
 
 
 async def test_a_prompt_longer_than_a_step_is_chunked_and_equal(family: tuple[Path, Pod]) -> None:

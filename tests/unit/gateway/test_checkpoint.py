@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -52,6 +53,32 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
 def test_the_model_says_which_token_ends_when_nobody_else_does(tmp_path: Path) -> None:
     found = checkpoint.load(config(folder(tmp_path)))
     assert found.eos_token_ids == (7,) and found.chat_template is None
+
+
+def test_parsers_follow_the_family_and_its_template(tmp_path: Path) -> None:
+    model = {**MODEL, "model_type": "qwen3_moe"}
+    path = folder(tmp_path, config=model, chat_template="<tool_call> <think> </think>")
+    found = checkpoint.load(config(path))
+    assert (found.tool_parser, found.has_reasoning) == ("hermes", True)
+    off = GatewayConfig(tool_parser="none", reasoning_parser="none")
+    found = checkpoint.load(config(path, gateway=off))
+    assert (found.tool_parser, found.has_reasoning) == ("", False)
+    with pytest.raises(ConfigError, match="tool_parser"):
+        checkpoint.load(config(path, gateway=GatewayConfig(tool_parser="nonsense")))
+
+
+def test_a_tiktoken_checkpoint(tmp_path: Path) -> None:
+    settings = {
+        "tokenizer_class": "TikTokenTokenizer",
+        "eos_token": "[EOS]",
+        "added_tokens_decoder": {"257": {"content": "[EOS]", "special": True}},
+    }
+    path = folder(tmp_path, tokenizer=None, tokenizer_config=settings)
+    lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
+    (path / "tiktoken.model").write_bytes(b"\n".join(lines))
+    found = checkpoint.load(config(path))
+    assert found.tokenizer.encode("hi[EOS]", add_special_tokens=True) == [104, 105, 257]
+    assert found.eos_token_ids == (7, 257)
 
 
 def test_a_template_of_its_own_file_wins(tmp_path: Path) -> None:
@@ -112,7 +139,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def render(source: str, **extra: object) -> str:
-    template = ChatTemplate(source, {"bos_token": "<s>"}, rendered_chars_max=1000)
+    template = ChatTemplate(source, {"bos_token": "<s>"}, rendered_chars_max=1000, render_ms_max=200)
     return template.render([{"role": "user", "content": "hi <b>"}], extra=extra)
 
 
@@ -136,12 +163,28 @@ def test_what_templates_of_checkpoints_use() -> None:
         "{% for n in range(100000000) %}x{% endfor %}",
         "{% for n in range(1001) %}x{% endfor %}",
         "{{ messages + 1 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ [1] * 10000000000 | length }}",
+        "{{ 10 ** 10 ** 10 }}",
+        "{{ none * 3 }}",
     ],
 )
 def test_what_goes_wrong_in_a_template_is_the_clients_error(source: str) -> None:
     with pytest.raises(ApiError) as error:
         render(source)
     assert error.value.status == 400 and error.value.code == "chat_template_error"
+
+
+def test_a_template_may_use_all_kinds_of_blocks() -> None:
+    source = (
+        "{% macro twice(x) %}{{ x * 2 }}{% endmacro %}"
+        "{% macro box() %}[{{ caller() }}]{% endmacro %}{% set y %}{% if true %}b{% endif %}{% endset %}"
+        "{% for n in [1, 2] recursive %}{{ twice('a') }}{% else %}{% endfor %}{{ y }}{{ 3 * 4 }}{{ 2 ** 3 }}"
+        "{% filter upper %}c{% endfilter %}{% call box() %}d{% endcall %}{{ '-' * 3 }}"
+    )
+    assert render(source) == "aaaab128C[d]---"
 
 
 def test_the_client_cannot_set_what_the_server_sets() -> None:

@@ -248,6 +248,54 @@ async def test_neutral_values_are_taken() -> None:
     assert len(ids) == 2
 
 
+async def test_sampling_fields_reach_the_scheduler() -> None:
+    world = GatewayWorld().serve(1)
+    fields = {
+        "min_p": 0.1, "presence_penalty": -0.5, "frequency_penalty": 1.5, "repetition_penalty": 1.2,
+        "logit_bias": {"7": -100, "3": 2.5}, "prompt_logprobs": 2,
+    }  # fmt: skip
+    assert (await world.post("/v1/chat/completions", {**CHAT, **fields})).status_code == 200
+    sampling = world.schedulers[0].adds()[0].sampling
+    assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.1, -0.5, 1.5)
+    assert sampling.repetition_penalty == 1.2 and sampling.logit_bias == ((3, 2.5), (7, -100.0))
+    assert sampling.prompt_logprobs == 2 and sampling.logprobs == -1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_prompt_logprobs(path: str) -> None:
+    world = GatewayWorld().serve(1, output=b"xy")
+    request = TEXT if path == "/v1/completions" else CHAT
+    body = (await world.post(path, {**request, "prompt_logprobs": 1})).json()
+    holder = body["choices"][0] if path == "/v1/completions" else body
+    first, second, *_ = holder["prompt_logprobs"]
+    prompt = world.schedulers[0].adds()[0].prompt_token_ids
+    assert first is None and len(holder["prompt_logprobs"]) == len(prompt)
+    assert second[str(prompt[1])] == {"logprob": -0.5, "rank": 1, "decoded_token": chr(prompt[1])}
+    streamed = await world.post(path, {**request, "prompt_logprobs": 1, "stream": True})
+    assert streamed.status_code == 400 and streamed.json()["error"]["param"] == "prompt_logprobs"
+
+
+@pytest.mark.parametrize("tokens_per_message", [1, 4, 100])
+async def test_a_stop_string_can_be_part_of_the_text(tokens_per_message: int) -> None:
+    world = GatewayWorld().serve(1, tokens_per_message=tokens_per_message)
+    fields = {"stop": ["o w", "zz"], "include_stop_str_in_output": True}
+    choice = (await world.post("/v1/completions", {**TEXT, **fields})).json()["choices"][0]
+    assert (choice["text"], choice["stop_reason"]) == ("hello w", "o w")
+
+
+async def test_metrics_count_every_choice_and_usage_the_prompt_once() -> None:
+    world = GatewayWorld().serve(1)
+    body = (await world.post("/v1/completions", {**TEXT, "n": 3})).json()
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (2, 36)
+    lines = (await world.client.get("/metrics")).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) == 36
+    assert (
+        float(values['vllm:prompt_tokens_total{model_name="tiny"}']) == 6
+    )  # each choice computes its prompt
+    assert float(values['vllm:request_success_total{finished_reason="stop",model_name="tiny"}']) == 3
+
+
 # --------------------------------------------------------------------------- bad input
 
 
@@ -269,9 +317,23 @@ async def test_neutral_values_are_taken() -> None:
         ("logprobs", 21, "must be 0..20"),
         ("best_of", 2, "must equal n"),
         ("suffix", "x", "not supported yet"),
-        ("presence_penalty", 0.5, "not supported yet"),
-        ("logit_bias", {"1": 5}, "not supported yet"),
-        ("response_format", {"type": "json_object"}, "not supported yet"),
+        ("presence_penalty", 2.5, "must be -2..2"),
+        ("frequency_penalty", -3, "must be -2..2"),
+        ("repetition_penalty", 0, "must be 0.01..100"),
+        ("min_p", 1.5, "must be 0..1"),
+        ("logit_bias", {"260": 5}, "0..259"),
+        ("logit_bias", {"x": 5}, "0..259"),
+        ("logit_bias", {"-1": 5}, "0..259"),
+        ("logit_bias", {"1": 101}, "must be -100..100"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024"),
+        ("prompt_logprobs", 21, "must be 0..20"),
+        ("guided_regex", "(a", "cannot be used"),
+        ("guided_regex", "", "must not be empty"),
+        ("guided_choice", [], "must be 1..1000 texts"),
+        ("guided_choice", ["a", ""], "none of them empty"),
+        ("guided_grammar", "start: x", "cannot be used"),
+        ("guided_json", "{", "cannot be used"),
+        ("guided_json", {"type": "thing"}, "cannot be used"),
         ("stream_options", {"include_usage": True}, "needs stream"),
         ("seed", 1 << 64, "64 bits"),
         ("request_id", "a b", "must match"),
@@ -299,7 +361,35 @@ async def test_bad_fields(field: str, value: object, says: str) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools[1].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "some"}, "tool_choice"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": {"type": "function", "function": {"name": "g"}},
+            },
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}],
+                "tool_choice": "required",
+            },
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "tool_choice",
+        ),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo"),

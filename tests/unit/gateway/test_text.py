@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models
 
 from bus.errors import ConfigError
-from gateway.text import Detokenizer, StopMatcher, Tokenizer
+from gateway.text import Detokenizer, JsonTokenizer, StopMatcher
 from tests.harness.gateway_world import END, TOKENIZER
 
 CUTS = st.lists(st.integers(1, 5), max_size=60)
@@ -27,7 +27,7 @@ def pieces(ids: list[int], cuts: list[int]) -> list[list[int]]:
     return out
 
 
-def byte_fallback_tokenizer() -> Tokenizer:
+def byte_fallback_tokenizer() -> JsonTokenizer:
     """Llama-like: pieces with U+2581 for space, and byte pieces."""
     words = ["\u2581a", "\u2581bc", "d", "e\u2581"]
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {w: 256 + n for n, w in enumerate(words)}
@@ -35,13 +35,13 @@ def byte_fallback_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Tokenizer(tokenizer)
+    return JsonTokenizer(tokenizer)
 
 
 BYTE_FALLBACK = byte_fallback_tokenizer()
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
+def stream(tokenizer: JsonTokenizer, ids: list[int], cuts: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [*(detokenizer.push(piece) for piece in pieces(ids, cuts)), detokenizer.finish()]
 
@@ -146,7 +146,7 @@ def test_nothing_follows_a_match() -> None:
 
 def test_a_missing_or_broken_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
+        JsonTokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer"):
-        Tokenizer.from_folder(tmp_path)
+        JsonTokenizer.from_folder(tmp_path)
