@@ -11,6 +11,7 @@ from gateway.parsers.hermes import HermesParser
 from gateway.parsers.parts import Part, ToolArguments, ToolStart
 
 Schema = Mapping[str, object]
+_DEFINITIONS = ("$defs", "definitions")
 
 
 class NamedParser:
@@ -48,15 +49,43 @@ class RequiredParser(HermesParser):
 
 
 def required_schema(tools: Mapping[str, Schema], *, parallel: bool) -> dict[str, object]:
-    """Return the JSON schema of a list of calls."""
+    """Return the JSON schema of a list of calls. Definitions move to its top, where references find them."""
+    definitions: dict[str, object] = {}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": parameters or {"type": "object"}},
+            "properties": {
+                "name": {"const": name},
+                "parameters": _moved(name, parameters or {"type": "object"}, definitions),
+            },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
         for name, parameters in tools.items()
     ]
     schema: dict[str, object] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    return schema if parallel else {**schema, "maxItems": 1}
+    if not parallel:
+        schema["maxItems"] = 1
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _moved(tool: str, schema: Schema, definitions: dict[str, object]) -> object:
+    """Return a tool's schema without its definitions, which go to `definitions` under the tool's name."""
+    for keyword in _DEFINITIONS:
+        own = schema.get(keyword)
+        for name, definition in own.items() if isinstance(own, dict) else ():
+            definitions[f"{tool}.{name}"] = _renamed(tool, definition)
+    return _renamed(tool, {key: value for key, value in schema.items() if key not in _DEFINITIONS})
+
+
+def _renamed(tool: str, value: object) -> object:
+    if isinstance(value, list):
+        return [_renamed(tool, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {key: _renamed(tool, one) for key, one in value.items()}
+    reference = str(value.get("$ref", ""))
+    for keyword in _DEFINITIONS:
+        if reference.startswith(f"#/{keyword}/"):
+            renamed["$ref"] = f"#/$defs/{tool}.{reference.removeprefix(f'#/{keyword}/')}"
+    return renamed

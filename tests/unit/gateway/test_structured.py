@@ -9,8 +9,9 @@ import llguidance
 import pytest
 
 from gateway.errors import ApiError
+from gateway.parsers.forced import required_schema
 from gateway.schemas import CompletionBody, decode
-from gateway.structured import GRAMMAR_BYTES_MAX, _byte_vocabulary, grammar_of
+from gateway.structured import GRAMMAR_BYTES_MAX, Request, _byte_vocabulary, compiled, grammar_of
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -88,6 +89,19 @@ async def test_nothing_asked(fields: dict[str, Any]) -> None:
 
 def nested(depth: int) -> str:
     return '{"type":"array","items":' * depth + '{"type":"string"}' + "}" * depth
+
+
+async def test_demanded_calls_keep_the_definitions_of_their_tools() -> None:
+    tool = {"type": "object", "properties": {"to": {"$ref": "#/$defs/Place"}}, "required": ["to"],
+            "$defs": {"Place": {"enum": ["here", "there"]}}}  # fmt: skip
+    other = {"type": "object", "properties": {"to": {"$ref": "#/definitions/Place"}}, "required": ["to"],
+             "definitions": {"Place": {"type": "integer"}}}  # fmt: skip
+    schema = required_schema({"go": tool, "move": other}, parallel=False)
+    grammar = await compiled(Request("tool_choice", "json", schema))
+    assert await accepts(grammar, '[{"name": "go", "parameters": {"to": "here"}}]')
+    assert await accepts(grammar, '[{"name": "move", "parameters": {"to": 5}}]')
+    assert not await accepts(grammar, '[{"name": "move", "parameters": {"to": "here"}}]')
+    assert not await accepts(grammar, "[]")
 
 
 HOSTILE: list[tuple[str, dict[str, Any]]] = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import services.demo
@@ -50,6 +50,7 @@ TEXT = st.text() | st.text("ab 1\n\t'sé漢🙂_(", max_size=80)
 
 @given(text=TEXT)
 def test_it_is_the_tokenizer_json_of_the_same_merges(tokenizer: TiktokenTokenizer, text: str) -> None:
+    assume(not any(entry["content"] in text for entry in ADDED.values()))
     ids = tokenizer.encode(text, add_special_tokens=True)
     assert [token_id + 1 for token_id in ids] == TWIN.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.encode("utf-8", "replace").decode()
