@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from bus.bench.busy import busy
-from bus.bench.peers.ours import ADAPTIVE, BLOCKING, LIMIT, SPIN
+from bus.bench.peers.ours import ADAPTIVE, BLOCKING, LIMIT, SPIN, ZERO_COPY
 from bus.bench.session import OURS, Record, Session
 from bus.bench.stats import figures, median_ratio, repetitions
 
@@ -105,7 +105,8 @@ def _record(
     found, ours = figures(rounds), samples.get((ADAPTIVE, size))
     if ours is not None and len(ours) == len(rounds):
         extra["to_ours"] = median_ratio(rounds, ours)
-    extra["mb_per_s"] = size / found.p50_us
+    if way != ZERO_COPY:  # nothing moves
+        extra["mb_per_s"] = size / found.p50_us
     session.records.append(Record(SECTION, way, {"scenario": scenario, "size": size}, found, extra))
 
 
@@ -131,23 +132,10 @@ def _play(
     )
     if answers is None:
         return {}
-    pairs = list(zip(answers[::2], answers[1::2], strict=True))
     return {
-        way: [
-            [ns for a, b in pairs for ns in one_way(a[way][block], b[way][block])] for block in range(blocks)
-        ]
+        way: [[ns / 2 for side in answers[::2] for ns in side[way][block]] for block in range(blocks)]
         for way in ways
     }
-
-
-def one_way(first: list[list[int]], second: list[list[int]]) -> list[float]:
-    """Return half of each of side 0's rounds, less the time that both sides spent on rewriting the payload, ns."""
-    durations = np.array(first[0], np.float64)
-    for excluded in (first[1], second[1]):
-        if excluded:
-            durations -= excluded
-    halves: list[float] = (durations / 2).tolist()
-    return halves
 
 
 def _measure_idle(session: Session, ways: dict[str, list[str]]) -> None:

@@ -9,17 +9,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-Times = tuple[
-    list[int], list[int]
-]  # per round, ns: duration, and how much of it went into rewriting the payload
-
 
 @dataclass(slots=True)
 class Ends:
     """How this side sends and receives messages of one size.
 
     The arguments are apart, so that the loop calls the transport's own function and nothing of ours in between.
-    `rewrite`, if any, makes the next payload anew, out of the time: it keeps caches from flattering zero-copy ways.
+    `rewrite`, if any, makes the payload of the next round anew, out of the time, so that caches do not flatter ways
+    that do not copy it; `meet` then brings both sides together again, awake.
     """
 
     send: Callable[..., Any]
@@ -27,6 +24,7 @@ class Ends:
     recv: Callable[..., Any]
     recv_arguments: tuple[Any, ...]
     rewrite: Callable[[], Any] | None = None
+    meet: Callable[[], Any] | None = None
 
 
 class Link(Protocol):
@@ -40,19 +38,19 @@ class Link(Protocol):
 class OwnLoop(Link, Protocol):
     """A way that plays its rounds itself: the limit, in C."""
 
-    def play(self, side: int, num_bytes: int, rounds: int) -> Times:
+    def play(self, side: int, num_bytes: int, rounds: int) -> list[int]:
         """See `play`."""
 
 
-def play(link: Link | OwnLoop, side: int, num_bytes: int, rounds: int) -> Times:
-    """Play `rounds` of there and back; side 0 begins. The durations are those of side 0's rounds, ns."""
+def play(link: Link | OwnLoop, side: int, num_bytes: int, rounds: int) -> list[int]:
+    """Play `rounds` of there and back; side 0 begins. Returns how long each took at this side, ns."""
     if isinstance(link, OwnLoop):
         return link.play(side, num_bytes, rounds)
     ends = link.ends(num_bytes)
     return _play_rewriting(ends, side, rounds) if ends.rewrite else _play(ends, side, rounds)
 
 
-def _play(ends: Ends, side: int, rounds: int) -> Times:
+def _play(ends: Ends, side: int, rounds: int) -> list[int]:
     send, out, recv, into = ends.send, ends.send_arguments, ends.recv, ends.recv_arguments
     stamps = [monotonic_ns()]
     note = stamps.append
@@ -66,28 +64,23 @@ def _play(ends: Ends, side: int, rounds: int) -> Times:
             recv(*into)
             send(*out)
             note(monotonic_ns())
-    return np.diff(stamps).tolist(), []
+    return [int(value) for value in np.diff(stamps)]
 
 
-def _play_rewriting(ends: Ends, side: int, rounds: int) -> Times:
-    send, out, recv, into, rewrite = (
-        ends.send,
-        ends.send_arguments,
-        ends.recv,
-        ends.recv_arguments,
-        ends.rewrite,
-    )
-    assert rewrite is not None
-    durations, excluded = [], []
+def _play_rewriting(ends: Ends, side: int, rounds: int) -> list[int]:
+    send, out, recv, into = ends.send, ends.send_arguments, ends.recv, ends.recv_arguments
+    rewrite, meet = ends.rewrite, ends.meet
+    assert rewrite is not None and meet is not None
+    durations = []
     for _ in range(rounds):
-        begin = monotonic_ns()
-        if side == 1:
-            recv(*into)
-        before = monotonic_ns()
         rewrite()
-        excluded.append(monotonic_ns() - before)
-        send(*out)
+        meet()
+        begin = monotonic_ns()
         if side == 0:
+            send(*out)
             recv(*into)
+        else:
+            recv(*into)
+            send(*out)
         durations.append(monotonic_ns() - begin)
-    return durations, excluded
+    return durations

@@ -95,18 +95,19 @@ class Session:
         try:
             for name in names:
                 if reason := WAYS[name].missing():
-                    self._absent(Absence(section, name, False, reason))
+                    self.note(Absence(section, name, False, reason))
                     continue
                 try:
                     self.groups[name] = Group(WAYS[name], num_ranks, self.folder)
                 except GroupFailed as error:
-                    self._absent(Absence(section, name, True, str(error)))
+                    self.note(Absence(section, name, True, str(error)))
             yield self.groups
         finally:
             close_all(list(self.groups.values()))
             self.groups = {}
 
-    def _absent(self, absence: Absence) -> None:
+    def note(self, absence: Absence) -> None:
+        """Note and show why something has no figures."""
         if absence not in self.absences:
             self.absences.append(absence)
             self.say(f"{absence.way}: {'failed' if absence.is_failure else 'missing'}: {absence.reason}")
@@ -118,7 +119,7 @@ class Session:
             return self.groups[name].ask(message)
         except GroupFailed as error:
             del self.groups[name]
-            self._absent(Absence(section, name, True, str(error)))
+            self.note(Absence(section, name, True, str(error)))
             return None
 
     def options(self) -> Message:

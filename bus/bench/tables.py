@@ -40,7 +40,7 @@ def p2p_tables(records: Sequence[Record]) -> list[str]:
     if one:
         found += [
             _by_size("one pair, one way, us: p50 / p99", one, _times),
-            _by_size("one pair, GB/s: size / p50", one, lambda r: f"{r.extra['mb_per_s'] / 1000:.2f}"),
+            _by_size("one pair, GB/s: size / p50", one, _bandwidth),
             _by_size("one pair, p50 relative to the C limit in the same blocks", one, _extra("to_limit")),
             _by_size("one pair, p50 relative to ours adaptive", one, _extra("to_ours")),
         ]
@@ -123,6 +123,10 @@ def _times_and_ratio(record: Record) -> str:
     ratio = record.extra.get("to_ours")
     mark = "" if ratio is None or record.way == OURS else f" ({ratio:.1f})"
     return _times(record) + mark
+
+
+def _bandwidth(record: Record) -> str:
+    return f"{record.extra['mb_per_s'] / 1000:.2f}" if "mb_per_s" in record.extra else ""
 
 
 def _extra(name: str) -> Cell:

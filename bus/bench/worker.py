@@ -48,7 +48,7 @@ class Worker:
         return list(self._links)
 
     def do_play(self, ways: list[str], num_bytes: int, rounds: list[int], warm_up: int, blocks: int) -> Any:
-        """Play each way's rounds, block by block in turn; return (durations, excluded), ns, by way and block."""
+        """Play each way's rounds, block by block in turn; return side 0's durations, ns, by way and block."""
         side = self._meeting.rank & 1
         found: dict[str, list[Any]] = {way: [] for way in ways}
         for _ in range(blocks):
@@ -74,6 +74,7 @@ class Worker:
     def do_open_rows(self, options: Message) -> list[str]:
         """Connect with all ranks; return the names of the ways of a collective."""
         self._rows = self._peer.open_rows(self._meeting, self._stack, options)
+        gc.freeze()  # what the imports have made lives to the end: a collection in a turn shall not walk it
         return list(self._rows)
 
     def do_supports(self, case: Message) -> list[str]:
@@ -90,7 +91,6 @@ class Worker:
 
     def do_measure(self, way: str, repetitions: int) -> list[int]:
         """Exchange so many times; return each duration, ns."""
-        gc.collect()
         return self._rows[way].measure(repetitions)
 
     def do_finish(self, way: str) -> None:

@@ -176,8 +176,8 @@ def ring() -> None:
 
 def dispatch() -> None:
     """Dispatch and combine of three ranks, float32 and INT8, so that every rank reads every other one's blocks."""
-    from tests.harness.dispatch_world import DispatchWorld
     from bus.xccl.dispatch import DispatchShape
+    from tests.harness.dispatch_world import DispatchWorld
 
     for int8 in (False, True):
         shape = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2, int8=int8)
@@ -198,9 +198,9 @@ def dispatch() -> None:
 
 def relay() -> None:
     """A2E and E2A, directly and through trampolines: four attention ranks and three expert ranks, a thread each."""
-    from tests.harness.relay_world import RelayWorld, raise_error, routing, work
     from bus.xccl.cost import Route
     from bus.xccl.relay_layout import RelayShape
+    from tests.harness.relay_world import RelayWorld, raise_error, routing, work
 
     shape = RelayShape(num_attention_ranks=4, num_expert_ranks=3, rows_max=5, num_slots=2, hidden=48)
     with RelayWorld(shape, pod=POD) as world:

@@ -3,12 +3,13 @@
 C limit       two copies in C, pure spin: bus/memory/_native_bench.c
 spin, adaptive (the default), blocking
               `Sender.send`, `Receiver.recv` on private arrays: inline or in chunks, two copies
-pull          adaptive, the array lies in the sender's app area: one copy; rewritten before each send
-zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy; rewritten before each commit
+pull          adaptive, the array lies in the sender's app area: one copy; rewritten before each round
+zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy; rewritten before each round
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from bus.bench.meeting import Meeting, Message
 from bus.bench.peers.ours_rows import open_rows
-from bus.bench.pingpong import Ends, Link, Times
+from bus.bench.pingpong import Ends, Link
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory import _native
@@ -42,6 +43,7 @@ CHUNKED = RingLayout(num_slots=8, slot_bytes=64 * 1024)
 EVENT = 1
 
 Bytes = npt.NDArray[np.uint8]
+Meet = Callable[[], None]
 
 
 class Limit:
@@ -55,7 +57,7 @@ class Limit:
         """It has no ends in Python."""
         raise NotImplementedError("the limit plays its own rounds")
 
-    def play(self, side: int, num_bytes: int, rounds: int) -> Times:
+    def play(self, side: int, num_bytes: int, rounds: int) -> list[int]:
         """See `bus.bench.pingpong.play`."""
         durations = np.zeros(rounds, np.uint64)
         private = np.ones(num_bytes + 16, np.uint8)[16:]
@@ -65,18 +67,20 @@ class Limit:
         offset = segment.layout.app_offset
         if not _native.bench_pingpong(segment.buf, offset, side, private, first, durations, timeout_ns):
             raise TimeoutError("the other side of the C ping-pong is silent")
-        return durations.tolist(), []
+        return [int(value) for value in durations]
 
 
 class Copying:
     """`send` and `recv` on arrays; `own` is in the app area for pulled messages, else private."""
 
-    def __init__(self, p2p: P2p, peer: Rank, size_max: int, own: Bytes | None) -> None:
+    def __init__(
+        self, p2p: P2p, peer: Rank, size_max: int, own: Bytes | None = None, meet: Meet | None = None
+    ) -> None:
         self._sender, self._receiver = p2p.sender(peer), p2p.receiver(peer)
         # 16 bytes past a page, where NumPy likes to put data.
         self._own = np.ones(size_max + 16, np.uint8)[16:] if own is None else own
         self._into = np.ones(size_max + 16, np.uint8)[16:]
-        self._is_pulled = own is not None
+        self._is_pulled, self._meet = own is not None, meet
 
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
@@ -87,14 +91,15 @@ class Copying:
             self._receiver.recv,
             (into, EVENT, deadline),
             (lambda: out.fill(7)) if self._is_pulled else None,
+            self._meet,
         )
 
 
 class ZeroCopy:
     """`reserve`, write in place, `commit`; `peek`, look, `release`."""
 
-    def __init__(self, p2p: P2p, peer: Rank) -> None:
-        self._sender, self._receiver = p2p.sender(peer), p2p.receiver(peer)
+    def __init__(self, p2p: P2p, peer: Rank, meet: Meet) -> None:
+        self._sender, self._receiver, self._meet = p2p.sender(peer), p2p.receiver(peer), meet
 
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
@@ -117,7 +122,7 @@ class ZeroCopy:
                 raise AssertionError("another message than was sent")
             receiver.release(EVENT)
 
-        return Ends(send, (), take, (), rewrite)
+        return Ends(send, (), take, (), rewrite, self._meet)
 
 
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
@@ -131,14 +136,30 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
     strategies: dict[str, WaitStrategy] = {SPIN: Spin(), ADAPTIVE: Adaptive(spin_ns), BLOCKING: Blocking()}
     for name, strategy in strategies.items():
         _, p2p, peer = opener.open(name.split()[-1], strategy, CHUNKED, 0)
-        links[name] = Copying(p2p, peer, size_max, None)
+        links[name] = Copying(p2p, peer, size_max)
+    meet = _meeting(links[ADAPTIVE], meeting.rank & 1)
     endpoint, p2p, peer = opener.open("pull", Adaptive(spin_ns), CHUNKED, align_up(size_max, 4096))
     own = endpoint.segment.array(endpoint.segment.layout.app_offset, (size_max,), np.uint8)
-    links[PULL] = Copying(p2p, peer, size_max, own)
+    links[PULL] = Copying(p2p, peer, size_max, own, meet)
     whole = RingLayout(num_slots=2, slot_bytes=max(4096, size_max))
     _, p2p, peer = opener.open("zero", Adaptive(spin_ns), whole, 0)
-    links[ZERO_COPY] = ZeroCopy(p2p, peer)
+    links[ZERO_COPY] = ZeroCopy(p2p, peer, meet)
     return links
+
+
+def _meeting(link: Link, side: int) -> Meet:
+    """Return a call after which both sides have left it within a microsecond or so."""
+
+    def meet() -> None:
+        ends = link.ends(1)
+        if side == 0:
+            ends.send(*ends.send_arguments)
+            ends.recv(*ends.recv_arguments)
+        else:
+            ends.recv(*ends.recv_arguments)
+            ends.send(*ends.send_arguments)
+
+    return meet
 
 
 class _Opener:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from bus.bench.p2p import one_way
 from bus.bench.stats import figures, median_ratio, repetitions
 
 
@@ -29,8 +28,3 @@ def test_a_ratio_compares_within_rounds() -> None:
 @pytest.mark.parametrize(("once_ns", "wanted"), [(1e6, 100), (1e9, 4), (1, 400), (0, 400)])
 def test_repetitions_fill_the_budget_within_bounds(once_ns: float, wanted: int) -> None:
     assert repetitions(once_ns, 0.1, low=4, high=400) == wanted
-
-
-def test_one_way_is_half_a_round_without_the_rewriting() -> None:
-    assert one_way([[100, 200], []], [[9, 9], []]) == [50, 100]
-    assert one_way([[100, 200], [10, 20]], [[9, 9], [30, 40]]) == [30, 70]
