@@ -134,8 +134,8 @@ parity: setup $(PARITY) ## compare with transformers: the goldens, then fresh ch
 	$(PARITY_VENV)/bin/python -m tests.parity.check_goldens
 	$(BIN)/python -m tests.e2e.parity_matrix --python $(PARITY_VENV)/bin/python $(ARGS)
 
-test-native: setup ## the bus's tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
-	$(BIN)/python -m tests.native.sanitize $(ARGS)
+test-native: setup ## the bus under sanitizers, on an emulated Arm CPU, and with ten million messages (minutes)
+	$(BIN)/python -m pytest tests/native tests/litmus -m slow $(ARGS)
 
 test-docker: setup ## build the image, run the Compose pod, kill services in it (needs a Docker engine)
 	$(BIN)/python -m pytest tests/docker $(ARGS)

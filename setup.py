@@ -26,7 +26,7 @@ setup(
                 *(f"bus/memory/_relay{part}.c" for part in ("", "_attention", "_expert")),
                 "bus/memory/_collectives_rows.c",
             ],
-            depends=["bus/memory/_native.h", "bus/memory/_relay.h", "bus/memory/_collectives_rows.h"],
+            depends=[*SHARED, "bus/memory/_relay.h", "bus/memory/_collectives_rows.h"],
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),
         Extension(

@@ -141,7 +141,9 @@ push_cell(const peer_t *peer, Py_ssize_t cell, uint64_t incarnation, uint64_t *w
     uint64_t stamp = (incarnation & INCARNATION_MASK) << COUNTER_BITS | (++*writes & ((1ULL << COUNTER_BITS) - 1));
     const uint64_t words[CELL_WORDS] = {stamp, event_id, w2, w3};
     store_cell(cell_at(peer, cell), words); /* SYNC: cell-whole (blocks written before are visible to its reader) */
+    FAULT("published");
     ring_peer(peer->base);
+    FAULT("rung");
     return stamp;
 }
 

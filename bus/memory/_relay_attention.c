@@ -270,6 +270,7 @@ list_targets(const geometry_t *g, exchange_t *e)
 static void
 stage(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, const float *x, const int32_t *slot_expert)
 {
+    FAULT("entered");
     const geometry_t *g = &self->g;
     char *block = managed_at(&self->own, microbatch * g->source_bytes);
     if (g->int8) {
@@ -294,6 +295,7 @@ stage(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, const floa
 static void
 tell(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch)
 {
+    FAULT("staged");
     const geometry_t *g = &self->g;
     for (Py_ssize_t i = 0; i < e->num_pending; i++) {
         Py_ssize_t r = e->pending[i], group = g->rank;
@@ -607,6 +609,7 @@ recv_rows(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, PyObject *we
     PyBuffer_Release(&out_view);
     e->open = outcome.code != COMPLETE;
     if (outcome.code == COMPLETE) {
+        FAULT("pulled");
         Py_RETURN_TRUE;
     }
     if (outcome.code == PENDING) {

@@ -432,6 +432,7 @@ open_arrival(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint
     }
     slot->word = words[0];
     slot->event_id = words[1];
+    FAULT("arrived");
     return append(&found->arrivals,
                   Py_BuildValue("nKKnn", index, (unsigned long long)words[0], (unsigned long long)words[1],
                                 (Py_ssize_t)num_rows, (Py_ssize_t)count));
@@ -536,7 +537,9 @@ enter_guest(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint6
     char *own = managed_at(&self->own, g->seat_sources_at + seat * g->source_bytes);
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
+    FAULT("entered");
     copy_source(g, own, source, (Py_ssize_t)num_rows, (Py_ssize_t)count);
+    FAULT("copied");
     forward(self, relay, place, num_rows);
     Py_END_ALLOW_THREADS
     self->busy = 0;
@@ -574,6 +577,7 @@ collect(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint64_t 
     }
     Py_END_ALLOW_THREADS
     self->busy = 0;
+    FAULT("collected");
     relay->asked[owner] = 0;
     if (--relay->num_pending == 0) {
         finish(self, place->seat, place->microbatch, (uint64_t)relay->starts[g->num_experts]);
@@ -748,6 +752,7 @@ ExpertEnd_commit(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
         group = 2 * g->num_attention + g->num_seats + g->rank * g->num_seats + seat_of(g, place.peer);
     }
     slot->word = 0;
+    FAULT("answering");
     self->by_stage[place.kind == FORWARD ? 1 : 2]++;
     push_cell(writer, group * g->num_microbatches + place.microbatch, self->own.incarnation, &self->writes,
               slot->event_id, (uint64_t)slot->count, word);

@@ -15,6 +15,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "bus.memory."
+MEMORY = ROOT / "bus" / "memory"
 BASE_FLAGS = ("-g", "-fPIC", "-shared")
 TIMEOUT_S = 300
 

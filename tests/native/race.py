@@ -1,15 +1,18 @@
-"""Runs the transports under ThreadSanitizer: `python -m tests.native.race [SCENARIO ...]`; test_race.py does it by label.
+"""Runs the transports under ThreadSanitizer: `python -m tests.native.race [SCENARIO ...]`; see also test_race.py.
 
 What makes the answer sound:
 
-- The sanitizer does not see across processes, so both ends are threads of one process on one mapping (race_scenarios.py).
+- The sanitizer does not see across processes, so both ends are threads of one process on one mapping, see
+  race_scenarios.py.
 - Python's lock would order every access of one thread before those of the next, and hide all races. Its mutex lies in
   libpython, whose interceptors are switched off; so only the bus's own atomics order anything.
-- What that lock rightly orders, Python's objects, would then be reported. The interpreter is not instrumented, its inline
-  functions are calls (race_prelude.h), and a report counts only if its address lies in a segment.
-- A mutant whose release or acquire is relaxed must be reported: `mutate` takes the order from a `SYNC:` label's lines.
+- NumPy's interceptors are off for the same reason, and its allocator keeps nothing back (race_memory.c).
+- What that lock rightly orders, Python's objects, would then be reported. The interpreter is not instrumented, its
+  inline functions are calls (race_prelude.h), and a report counts only if its address lies in a segment.
+- Mutants must be reported: `mutate` takes the order from all lines with a `SYNC:` label. Where a doorbell is rung after
+  every publication it orders as well, so both are relaxed.
 
-Known limits: fences are not modelled (`cell-torn` is for the litmus tests), nor is what NumPy reads in its own loops.
+Known limits: fences are not modelled (`cell-torn` is for the litmus tests), nor is what NumPy reads and writes seen.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import sysconfig
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from bus.memory.segment import segment_prefix, sweep
-from tests.native.build import build_all, compiler
+from tests.native.build import ExtensionSource, build_all, build_extension, compiler
 from tests.native.sanitize import copy_tree
 
 SCENARIOS = ("p2p", "ring", "dispatch", "relay")
@@ -68,7 +73,9 @@ def tree() -> Iterator[Path]:
     """A copy of the bus and its tests, without extensions."""
     with tempfile.TemporaryDirectory(prefix="xds-race-") as name:
         copy_tree(Path(name))
-        (Path(name) / "suppressions").write_text(f"called_from_lib:{python_library()}\n", encoding="ascii")
+        libraries = (python_library(), "_multiarray_umath", "race_memory")
+        lines = [f"called_from_lib:{library}\n" for library in libraries]
+        (Path(name) / "suppressions").write_text("".join(lines), encoding="ascii")
         yield Path(name)
 
 
@@ -77,17 +84,20 @@ def build(directory: Path) -> None:
     prelude = str(directory / "tests" / "native" / "race_prelude.h")
     flags = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread", "-Wno-tsan", "-include", prelude]
     build_all(directory / "bus" / "memory", flags, directory)
+    memory = directory / "tests" / "native" / "race_memory.c"
+    numpy = ("-std=gnu11", f"-I{np.get_include()}")
+    build_extension(ExtensionSource("race_memory", (memory,), numpy), directory, ["-O1"])
 
 
-def mutate(directory: Path, files: str, label: str, order: str) -> int:
-    """Relax `order` (RELEASE, ACQUIRE) on all lines of `files` (a pattern) that bear the label; return how many."""
+def mutate(directory: Path, labels: Collection[str], orders: Collection[str]) -> int:
+    """Relax these orders on all lines that bear one of the labels, but for fences; return how many lines."""
     count = 0
-    for path in (directory / "bus" / "memory").glob(files):
+    for path in (directory / "bus" / "memory").glob("*.[ch]"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         for i, line in enumerate(lines):
-            if f"SYNC: {label}" in line and f"__ATOMIC_{order}" in line and "fence" not in line:
-                lines[i] = line.replace(f"__ATOMIC_{order}", "__ATOMIC_RELAXED")
-                count += 1
+            if any(f"SYNC: {label}" in line for label in labels) and "fence" not in line:
+                lines[i] = re.sub(f"__ATOMIC_({'|'.join(orders)})", "__ATOMIC_RELAXED", line)
+                count += lines[i] != line
         path.write_text("".join(lines), encoding="utf-8")
     return count
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+import race_memory
 
 from bus.clock import NS_PER_S, Deadline
 from bus.config import XcclConfig
@@ -77,6 +78,7 @@ def run_threads(*works: Callable[[], None]) -> None:
 
     def guarded(work: Callable[[], None]) -> None:
         gate.enter()
+        race_memory.install()
         try:
             work()
         except BaseException as error:
@@ -183,15 +185,16 @@ def dispatch() -> None:
         shape = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2, int8=int8)
         with DispatchWorld(shape, pod=POD) as world:
             rng, gate = np.random.default_rng(3), Gate()
-            gate.open()
 
             def exchange(rank: int, inputs: list, step: int, world: DispatchWorld, gate: Gate) -> None:
                 gate.enter()
+                race_memory.install()
                 world.one(rank, inputs[rank], Event(step, 0))
                 gate.open()
 
             for step in range(1, 40):
                 inputs = world.routed(rng, rng.integers(0, 7, 3).tolist())
+                gate.open()
                 world.each(lambda rank, i=inputs, s=step, w=world, g=gate: exchange(rank, i, s, w, g))
             gate.enter()
 
@@ -236,6 +239,7 @@ SCENARIOS = {function.__name__: function for function in (p2p, ring, dispatch, r
 
 if __name__ == "__main__":
     Segment.create, Segment.attach = create, attach  # type: ignore[method-assign, assignment]
+    race_memory.install()
     sys.setswitchinterval(1e-4)
     SCENARIOS[sys.argv[1]]()
     print("finished", flush=True)

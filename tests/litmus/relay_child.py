@@ -1,0 +1,137 @@
+"""A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION`.
+
+Prints `ready`, then obeys the lines on stdin, one answer each: `arm POINT` says `armed` and dies at that fault point of
+the extension; `learn SERVICE INDEX INCARNATION` brings an address and says `learned`; an attention rank exchanges the
+steps FIRST..LAST at `run ROUTE FIRST LAST` and says `done LAST` or `died STEP PEER`. When stdin closes an expert rank
+says `served` and how many corrupt cells it saw.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+import numpy as np
+
+from bus.clock import NS_PER_MS, Deadline
+from bus.config import XcclConfig
+from bus.errors import PeerDied, SegmentCorrupt
+from bus.memory.segment import Segment, segment_name
+from bus.xccl.cost import Route
+from bus.xccl.endpoint import Rank
+from bus.xccl.event import Event
+from bus.xccl.group import AddressTable
+from bus.xccl.relay import RoutedExpert
+from bus.xccl.relay_layout import RelayShape
+from bus.xccl.trampoline import RoutedAttention
+
+# Expert rank 0 is the attention rank's trampoline.
+SHAPE = RelayShape(num_attention_ranks=1, num_expert_ranks=2, rows_max=4, num_slots=2, hidden=32)
+CONFIG = XcclConfig(spin_us=0, poll_interval_ms=20)
+DEADLINE_MS = 60_000
+
+
+def rows(step: int) -> np.ndarray:
+    """Rows that testify: step and row."""
+    x = np.empty((SHAPE.rows_max, SHAPE.hidden), np.float32)
+    x[:, 0::2], x[:, 1::2] = step, np.arange(SHAPE.rows_max)[:, None]
+    return x
+
+
+SLOT_RANK = np.array([[0, 1], [1, 0], [1, -1], [0, 0]], np.int32)  # both expert ranks have rows
+SLOT_EXPERT = np.array([[3, 5], [6, 2], [7, -1], [1, 0]], np.int32)
+
+
+def expected(step: int) -> np.ndarray:
+    """Experts add their number and one."""
+    out = np.repeat(rows(step)[:, None, :], SHAPE.num_slots, axis=1) + (SLOT_EXPERT[..., None] + 1)
+    return np.where(SLOT_RANK[..., None] >= 0, out, 0).astype(np.float32)
+
+
+class Member:
+    """What both kinds of ranks have: a segment, addresses, and the lines that both obey."""
+
+    def __init__(self, pod: str, service: str, index: int, incarnation: int) -> None:
+        self.pod, self.table = pod, AddressTable()
+        layout = SHAPE.attention_layout() if service == "attention" else SHAPE.expert_layout()
+        name = segment_name(pod, service, index, incarnation)
+        self.segment = Segment.create(name, layout, service=service, index=index, incarnation=incarnation)
+        for rank in (Rank("attention", 0), Rank("expert", 0), Rank("expert", 1)):
+            self.learn(rank, incarnation if rank == Rank(service, index) else 1)
+
+    def learn(self, rank: Rank, incarnation: int) -> None:
+        self.table.learn(rank, incarnation, segment_name(self.pod, rank.service, rank.index, incarnation))
+
+    def obey(self, words: list[str]) -> None:
+        match words:
+            case ["arm", point]:
+                os.environ["XDS_FAULT_POINT"] = point
+                print("armed", flush=True)
+            case ["learn", service, index, incarnation]:
+                self.learn(Rank(service, int(index)), int(incarnation))
+                print("learned", flush=True)
+
+    def close(self) -> None:
+        self.table.close()
+        self.segment.unlink()
+        self.segment.close()
+
+
+def exchange(side: RoutedAttention, route: Route, step: int) -> None:
+    """One exchange, checked."""
+    handle = side.a2e_send(rows(step), SLOT_RANK, SLOT_EXPERT, Event(step, 0), route)
+    out = np.zeros((SHAPE.rows_max, SHAPE.num_slots, SHAPE.hidden), np.float32)
+    side.e2a_recv(handle, out, Deadline.after_ms(DEADLINE_MS))
+    if not np.array_equal(out, expected(step)):
+        raise AssertionError(f"step {step}: {out} is not {expected(step)}")
+
+
+def attend(member: Member) -> None:
+    side = RoutedAttention(member.segment, SHAPE, 0, member.table, config=CONFIG)
+    for line in sys.stdin:
+        match line.split():
+            case ["run", route, first, last]:
+                step, outcome = 0, f"done {last}"
+                try:
+                    for step in range(int(first), int(last) + 1):
+                        exchange(side, Route(route), step)
+                except PeerDied as error:
+                    outcome = f"died {step} {error.peer}"
+                print(outcome, flush=True)
+            case words:
+                member.obey(words)
+    side.close()
+
+
+def serve(member: Member, index: int) -> None:
+    side = RoutedExpert(member.segment, SHAPE, index, member.table, config=CONFIG)
+    corrupt: list[SegmentCorrupt] = []
+    while True:
+        arrivals = side.poll(corrupt.append)
+        for arrival in arrivals:
+            arrival.y[:] = arrival.x[arrival.pair_row] + (np.asarray(arrival.pair_expert)[:, None] + 1)
+            side.commit(arrival)
+        if select.select([sys.stdin], [], [], 0)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                break
+            member.obey(line.split())
+        elif not arrivals:
+            side.wait(timeout_ns=5 * NS_PER_MS)
+    side.close()
+    print("served", len(corrupt), flush=True)
+
+
+def main(service: str, pod: str, index: int, incarnation: int) -> None:
+    member = Member(pod, service, index, incarnation)
+    print("ready", flush=True)
+    if service == "attention":
+        attend(member)
+    else:
+        serve(member, index)
+    member.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
