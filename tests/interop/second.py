@@ -1,7 +1,7 @@
 """A second implementation of the bus, written from bus/README.md alone: segments, cells, doorbells, rings.
 
 Nothing of `bus` is imported; what a peer needs to know is in that page, or the page has a gap. second_p2p.py
-builds on this file.
+and second_a2e.py build on this file.
 
 Memory order without fences. A shared word is read and written through `memoryview.cast("Q")` or `("I")`, whose
 items CPython copies with a memcpy of constant size, which is one move instruction; the native `struct` formats

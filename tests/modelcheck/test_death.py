@@ -149,7 +149,7 @@ IMPATIENT = mutate(SURVIVOR, "    if l == 1 or peer == 2 goto next\n", LOOKS_FOR
 
 
 def test_a_stopped_process_that_wakes_up_needs_the_rank_s_lock() -> None:
-    """Were the next incarnation let in while the first one is merely stopped, its late writes would land among the new ones.
+    """Were the next incarnation let in while the first one is merely stopped, its late writes would meet the new ones.
 
     Its stamps keep its words from being taken for news, but it writes over the cell and the slots of the new one. So
     what fences it off is that a rank's incarnation begins only when it holds the rank's lock: the one before has ended.
