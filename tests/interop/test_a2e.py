@@ -1,4 +1,4 @@
-"""The ends of A2E / E2A of the library and of a second implementation, written from bus/README.md, in real processes."""
+"""The ends of A2E / E2A of the library and of a second implementation, written from bus/README.md: real processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bus.xccl.trampoline import RoutedAttention
 from tests.interop import second
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"rows_max": 7, "num_slots": 3, "hidden": 20, "num_microbatches": 2}
+SIZES: dict[str, Any] = {"rows_max": 7, "num_slots": 3, "hidden": 20, "num_microbatches": 2}
 SHAPE = RelayShape(num_attention_ranks=1, num_expert_ranks=2, has_trampolines=False, **SIZES)
 THEIR_SHAPE = {"num_attention": 1, "num_experts": 2, **SIZES}
 EVENTS = [Event(step, 3, step % 2, 1) for step in range(12)]

@@ -208,3 +208,65 @@ def test_a_sender_learns_what_became_of_its_message() -> None:
     assert check(waits_for_ack(blind)).violation is not None
     deaf = mutate(WAITING_SENDER, " or timeout", "")
     assert check(waits_for_ack(deaf)).violation is not None
+
+
+# ---------------------------------------------------------------- a collective's waiter lacks a dead rank
+
+PATIENT_SURVIVOR = """
+again:
+    seen = load acquire bell
+    a = load acquire word[0]
+    b = load acquire word[1]
+    missing := (a == 0) + (b == 0)
+    if missing == 0 goto whole
+    store seq_cst wake_at = seen + missing
+    store seq_cst patient = 1
+    m = add seq_cst asleep 1
+    now = load seq_cst bell
+    if now != seen goto awake
+    sleep bell == seen or timeout
+awake:
+    m = add seq_cst asleep -1
+    store seq_cst patient = 0
+    l = load relaxed lock
+    if l == 1 goto again
+    b = load acquire word[1]        # the dead rank's cell, once more
+    if b == 1 goto again
+    store relaxed outcome = 2
+    end
+whole:
+    store relaxed outcome = 1
+"""
+PATIENT_RINGER = """
+    store release word[{i}] = 1
+    n = add seq_cst bell 1
+    s = load seq_cst asleep
+    if s == 0 goto out
+    p = load seq_cst patient
+    if p == 0 goto call
+    w = load seq_cst wake_at
+    if n < w goto out
+call:
+    wake bell
+out:
+"""
+
+
+def lacks_a_rank(survivor: str) -> Model:
+    programs = (
+        parse("survivor", survivor),
+        parse("living", PATIENT_RINGER.format(i=0)),
+        parse("mortal", PATIENT_RINGER.format(i=1)),
+    )
+    words = ("bell", "asleep", "patient", "wake_at", "outcome", "word[0]", "word[1]")
+    memory = {**dict.fromkeys(words, 0), "lock": 1}
+    final = "outcome == 1 + (word[1] == 0)"
+    return Model(programs, memory, kills={"mortal": {"lock": 0}}, final=final, progress=True)
+
+
+def test_a_rank_that_dies_before_it_rings_is_noticed() -> None:
+    """The living rank's ring alone does not wake a patient waiter: the poll interval does."""
+    assert check(lacks_a_rank(PATIENT_SURVIVOR)).violation is None
+    assert check(lacks_a_rank(mutate(PATIENT_SURVIVOR, " or timeout", ""))).violation is not None
+    blind = mutate(PATIENT_SURVIVOR, "    if b == 1 goto again\n", "")
+    assert check(lacks_a_rank(blind)).violation is not None
