@@ -265,7 +265,11 @@ def lacks_a_rank(survivor: str) -> Model:
 
 
 def test_a_rank_that_dies_before_it_rings_is_noticed() -> None:
-    """The living rank's ring alone does not wake a patient waiter: the poll interval does."""
+    """The living rank's ring alone does not wake a patient waiter: the poll interval does.
+
+    The last look is what the failure rules ask for: what a rank published whole before it died counts. A waiter
+    that goes by the lock alone reports a dead rank whose cell has come.
+    """
     assert check(lacks_a_rank(PATIENT_SURVIVOR)).violation is None
     assert check(lacks_a_rank(mutate(PATIENT_SURVIVOR, " or timeout", ""))).violation is not None
     blind = mutate(PATIENT_SURVIVOR, "    if b == 1 goto again\n", "")
