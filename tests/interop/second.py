@@ -1,4 +1,4 @@
-"""A second implementation of the bus, written from bus/README.md alone: segments, cells, doorbells, rings.
+"""A second implementation of the bus, after bus/README.md: segments, cells, doorbells, rings.
 
 Nothing of `bus` is imported; what a peer needs to know is in that page, or the page has a gap. second_p2p.py
 and second_a2e.py build on this file.

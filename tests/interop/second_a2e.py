@@ -1,4 +1,4 @@
-"""A2E / E2A of the second implementation: both direct ends, float32, written from bus/README.md alone.
+"""A2E / E2A of the second implementation: both direct ends, float32, after bus/README.md.
 
 One exchange at a time, on microbatch 0 of any number; a row is the bytes of `hidden` float32.
 """

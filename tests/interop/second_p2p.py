@@ -1,4 +1,4 @@
-"""Point-to-point of the second implementation: both ends of a link, written from bus/README.md alone.
+"""Point-to-point of the second implementation: both ends of a link, after bus/README.md.
 
 An array is (dtype, shape, bytes); NumPy is not needed. The sender sends inline (one record or many), several
 parts, and from its app area (pull); the receiver takes all of these, and what was put into its app area.
