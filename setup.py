@@ -1,5 +1,7 @@
 """The C extensions; everything else is declared in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
 COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
@@ -15,8 +17,8 @@ setup(
         ),
         Extension(
             "bus.memory._collectives",
-            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_exchange")],
-            depends=[*SHARED, "bus/memory/_collectives.h", "bus/memory/_collectives_rows.h"],
+            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_group", "_exchange", "_pull")],
+            depends=[*SHARED, *map(str, Path("bus/memory").glob("_collectives*.h"))],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),

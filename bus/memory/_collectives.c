@@ -1,7 +1,7 @@
 /* The all-to-all collectives' work on rows: `Exchange` for dispatch/combine, and plain functions of the same kind on
  * buffers for A2E/E2A. */
 #include "_collectives.h"
-#include "_collectives_rows.h"
+#include "_collectives_exchange.h"
 
 static PyObject *
 partition(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -39,6 +39,38 @@ partition(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     memmove(starts + 1, starts, (size_t)num_groups * 4); /* ... and ends up as the start of group g + 1 */
     starts[0] = 0;
+    return give_back(&all, PyLong_FromSsize_t(total));
+}
+
+/* route(topk_idx, top_k, num_experts, position, starts, pair_row): what dispatch does to a batch before it sends. */
+static PyObject *
+route(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t top_k, num_experts;
+    if (check_count("route", nargs, 6) < 0 || parse_index(args[1], "top_k", TOP_K_MAX + 1, &top_k) < 0 ||
+        parse_index(args[2], "num_experts", 1 << 20, &num_experts) < 0) {
+        return NULL;
+    }
+    buffers_t all = {.num = 0};
+    const int32_t *topk = take_buffer(&all, args[0], "topk_idx", 0, PyBUF_SIMPLE);
+    Py_ssize_t num = topk ? all.views[0].len / 4 : 0;
+    int32_t *position = topk ? take_buffer(&all, args[3], "position", num * 4, PyBUF_WRITABLE) : NULL;
+    int32_t *starts = position ? take_buffer(&all, args[4], "starts", (num_experts + 1) * 4, PyBUF_WRITABLE) : NULL;
+    int32_t *pair_row = starts ? take_buffer(&all, args[5], "pair_row", num * 4, PyBUF_WRITABLE) : NULL;
+    int32_t *next = pair_row ? PyMem_Malloc((size_t)num_experts * 4 + 4) : NULL;
+    if (next == NULL) {
+        return give_back(&all, pair_row ? PyErr_NoMemory() : NULL);
+    }
+    Py_ssize_t total = -1;
+    if (top_k > 0 && num % top_k == 0) {
+        total = route_pairs(topk, num, top_k, num_experts, next, position, starts, pair_row);
+    }
+    PyMem_Free(next);
+    if (total < 0) {
+        PyErr_Format(PyExc_ValueError, "topk_idx: not whole rows of %zd, or an id is outside -1..%zd", top_k,
+                     num_experts - 1);
+        return give_back(&all, NULL);
+    }
     return give_back(&all, PyLong_FromSsize_t(total));
 }
 
@@ -95,15 +127,13 @@ gather_rows(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     return move_rows("gather_rows", args, nargs, 0);
 }
 
-#define SLOTS_MAX 64 /* of one row in a weighted sum */
-
 /* out[i] = 0 + weights[i, k] * src[index[i, k]] for k = 0..top_k-1 in this order; a negative index adds nothing. */
 static PyObject *
 weighted_sum(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t num, top_k, width;
     if (check_count("weighted_sum", nargs, 7) < 0 || parse_index(args[4], "num_rows", 1 << 24, &num) < 0 ||
-        parse_index(args[5], "top_k", SLOTS_MAX + 1, &top_k) < 0 ||
+        parse_index(args[5], "top_k", TOP_K_MAX + 1, &top_k) < 0 ||
         parse_index(args[6], "hidden", 1 << 20, &width) < 0) {
         return NULL;
     }
@@ -124,8 +154,8 @@ weighted_sum(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < num; i++) {
-        const float *rows[SLOTS_MAX];
-        float factors[SLOTS_MAX];
+        const float *rows[TOP_K_MAX];
+        float factors[TOP_K_MAX];
         int used = 0;
         for (Py_ssize_t k = i * top_k; k < (i + 1) * top_k; k++) {
             if (index[k] >= 0) {
@@ -230,6 +260,7 @@ scan_cells(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 
 static PyMethodDef methods[] = {
     ENTRY(partition, "partition(group, num_groups, order, starts) -> pairs placed. Stable; negative = none."),
+    ENTRY(route, "route(topk_idx, top_k, num_experts, position, starts, pair_row) -> pairs: sort them by expert."),
     ENTRY(scan_cells, "scan_cells(buf, offset, num_cells, seen) -> [(index, w0, w1, w2, w3)] written since."),
     ENTRY(scatter_rows, "scatter_rows(dst, index, src, row_bytes): dst[index[i]] = src[i]."),
     ENTRY(gather_rows, "gather_rows(dst, index, src, row_bytes): dst[i] = src[index[i]]."),

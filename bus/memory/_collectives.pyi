@@ -10,73 +10,51 @@ from typing import Any, TypeAlias
 Buffer: TypeAlias = Any
 
 class Exchange:
-    """One rank's end of dispatch/combine over mapped segments; layout and protocol in bus/xccl/dispatch.py."""
+    """One rank's end of dispatch/combine over mapped segments; protocol in bus/xccl/dispatch.py.
+
+    Calls that return `int` give a number of rows (>= 0) or a status: -1 an argument was refused, nothing was done;
+    -2 the poll interval or the deadline is over; -3 `culprit` has moved on to a later event; -4 what `culprit` wrote is
+    impossible.
+    """
 
     def __init__(
         self,
         shape: tuple[int, int, int, int, int, int, int, bool],
         offsets: tuple[int, int, int, int, int, int, int, int],
-        spin_ns_max: int,
+        yield_ns: int,
+        poll_ns: int,
         /,
     ) -> None: ...
     @property
-    def num_sleeps(self) -> int: ...
-    @property
-    def num_cell_writes(self) -> int: ...
+    def culprit(self) -> int: ...
     def set_peer(
         self, rank: int, buf: Buffer, incarnation: int, cells_offset: int, managed_offset: int, /
     ) -> None: ...
     def drop_peer(self, rank: int, /) -> None: ...
-    def stage(
-        self,
-        microbatch: int,
-        num_tokens: int,
-        x: Buffer,
-        topk_idx: Buffer,
-        position: Buffer,
-        starts: Buffer,
-        topk_kept: Buffer,
-        /,
-    ) -> None: ...
-    def notify(
-        self,
-        microbatch: int,
-        lane: int,
-        event_id: int,
-        num_tokens: int,
-        starts: Buffer,
-        found: Buffer,
-        /,
-    ) -> None: ...
-    def wait(
-        self, microbatch: int, combine: bool, event_id: int, state: Buffer, found: Buffer, timeout_ns: int, /
-    ) -> int: ...
-    def pull(self, microbatch: int, found: Buffer, x_out: Buffer, expert_counts: Buffer, /) -> int: ...
-    def answer(
+    def bind(self, microbatch: int, rows: Buffer, /) -> None: ...
+    def dispatch(self, event: tuple[int, ...], x: Buffer, topk_idx: Buffer, deadline_ns: int, /) -> int: ...
+    def stage(self, event: tuple[int, ...], x: Buffer, topk_idx: Buffer, /) -> int: ...
+    def announce(self, microbatch: int, /) -> None: ...
+    def receive(self, microbatch: int, deadline_ns: int, /) -> int: ...
+    def combine(
         self,
         microbatch: int,
         event_id: int,
-        num_pairs: int,
-        y: Buffer,
-        found: Buffer,
-        starts: Buffer,
-        state: Buffer,
-        /,
-    ) -> None: ...
-    def reduce(
-        self,
-        microbatch: int,
-        num_tokens: int,
-        topk_idx: Buffer,
-        position: Buffer,
-        starts: Buffer,
-        answered: Buffer,
+        y: Buffer | None,
         weights: Buffer,
         out: Buffer,
+        deadline_ns: int,
         /,
     ) -> int: ...
+    def states(self, microbatch: int, /) -> bytes: ...
+    def expert_counts(self, microbatch: int, out: Buffer, /) -> None: ...
+    def event_id(self, microbatch: int, /) -> int: ...
+    def stats(self) -> dict[str, int]: ...
 
 def partition(group: Buffer, num_groups: int, order: Buffer, starts: Buffer, /) -> int: ...
+def route(
+    topk_idx: Buffer, top_k: int, num_experts: int, position: Buffer, starts: Buffer, pair_row: Buffer, /
+) -> int: ...
 def scan_cells(
     buf: Buffer, offset: int, num_cells: int, seen: Buffer, /
 ) -> list[tuple[int, int, int, int, int]]: ...

@@ -1,104 +1,27 @@
-/* `Exchange`: one rank's end of dispatch/combine. It holds the mapped segments of all ranks.
+/* `Exchange`: a whole dispatch, and a whole combine, in one call from Python each.
  *
- * The layout of every byte is given by bus/xccl/dispatch_layout.py; nothing read from a peer is trusted: counts,
- * offsets and row numbers are copied once, then checked, then used.
+ * The layout of every byte is given by bus/xccl/dispatch_layout.py. A call ends early with a status (STATUS_*): when an
+ * argument is refused, when the poll interval is over, and when a peer moved on or wrote nonsense. Python then looks
+ * at the arguments or at the peers, and raises or goes on with `resume_*`.
  *
  * Release stores and the acquire loads that pair with them carry the same "SYNC: <label>", as in _native.c.
  */
-#include "_collectives.h"
-#include "_collectives_rows.h"
+#include "_collectives_exchange.h"
 
-#define LANES 3 /* dispatch twice, combine once */
-#define LANE_COMBINE 2
-#define COUNTER_BITS 40
-#define PROBE_EVERY 64 /* a burst that has shrunk to nothing is tried again once in so many waits */
-#define TOP_K_MAX 64
-
-#define ARRIVED 0
-#define AWAITED 1
-#define MOVED_ON 2
-
-static inline int32_t
-load_count(const int32_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_RELAXED); /* read once: a peer may change it behind our back */
-}
-
-static void
-ring(char *segment)
-{
-    uint32_t *words = (uint32_t *)(segment + DOORBELL_OFFSET);
-    uint32_t seq = __atomic_add_fetch(&words[0], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
-    if (__atomic_load_n(&words[1], __ATOMIC_SEQ_CST) == 0) {           /* SYNC: doorbell */
-        return;
-    }
-    /* A waiter for several ranks need not be woken before as many rings as it lacks ranks. */
-    int patient = __atomic_load_n(&words[2], __ATOMIC_SEQ_CST) != 0;
-    if (!patient || (int32_t)(seq - __atomic_load_n(&words[3], __ATOMIC_SEQ_CST)) >= 0) {
-        syscall(SYS_futex, &words[0], FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    }
-}
-
-typedef struct {
-    Py_buffer view;
-    char *base; /* NULL: not connected */
-    Py_ssize_t cells, managed;
-    uint64_t incarnation;
-} peer_t;
-
-typedef struct {
-    PyObject_HEAD
-    peer_t *peers;
-    int32_t *starts;  /* [num_ranks, num_local + 1] scratch of `pull`, [num_experts] scratch of `stage` and `reduce` */
-    Py_ssize_t rank, num_ranks, max_tokens, top_k, hidden, num_local, num_microbatches;
-    int int8;
-    Py_ssize_t block_bytes, x_at, x_scale_at, starts_at, pair_row_at, y_start_at, y_scale_at, y_at;
-    uint64_t writes;
-    int64_t spin_ns, spin_ns_max;
-    uint64_t waits, sleeps;
-    int busy; /* a call has released the GIL */
-} Exchange;
-
-static Py_ssize_t
-pairs_max(const Exchange *self)
-{
-    return self->num_ranks * self->max_tokens * self->top_k;
-}
-
-static Py_ssize_t
-row_bytes(const Exchange *self)
-{
-    return self->int8 ? self->hidden : 4 * self->hidden;
-}
-
-static char *
-block_of(const Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch)
-{
-    const peer_t *peer = &self->peers[rank];
-    return peer->base + peer->managed + microbatch * self->block_bytes;
-}
-
-/* The cell that `writer` writes in `owner`'s metadata. */
-static uint64_t *
-cell_of(const Exchange *self, Py_ssize_t owner, Py_ssize_t writer, Py_ssize_t microbatch, int lane)
-{
-    const peer_t *peer = &self->peers[owner];
-    Py_ssize_t index = (writer * self->num_microbatches + microbatch) * LANES + lane;
-    return (uint64_t *)(peer->base + peer->cells + index * CELL_STRIDE);
-}
+/* ---------------------------------------------------------------- life */
 
 static int
 check_layout(const Exchange *self)
 {
-    Py_ssize_t rows = self->max_tokens, pairs = pairs_max(self);
+    Py_ssize_t rows = self->max_tokens;
     const Py_ssize_t areas[][2] = {
-        {self->x_at, rows * row_bytes(self)},
+        {self->x_at, rows * self->row_bytes},
         {self->x_scale_at, rows * 4},
-        {self->starts_at, (self->num_ranks * self->num_local + 1) * 4},
+        {self->starts_at, (self->num_experts + 1) * 4},
         {self->pair_row_at, rows * self->top_k * 4},
-        {self->y_start_at, self->num_ranks * self->num_local * 4},
-        {self->y_scale_at, pairs * 4},
-        {self->y_at, pairs * row_bytes(self)},
+        {self->y_start_at, self->num_experts * 4},
+        {self->y_scale_at, self->pairs_max * 4},
+        {self->y_at, self->pairs_max * self->row_bytes},
     };
     for (size_t i = 0; i < sizeof areas / sizeof areas[0]; i++) {
         if (areas[i][0] < 0 || areas[i][0] % CELL_STRIDE != 0 || areas[i][0] + areas[i][1] > self->block_bytes) {
@@ -110,9 +33,9 @@ check_layout(const Exchange *self)
 }
 
 static int
-check_sizes(const Exchange *self)
+check_sizes(Exchange *self, Py_ssize_t num_ranks)
 {
-    const Py_ssize_t sizes[] = {self->num_ranks, self->max_tokens, self->top_k, self->hidden, self->num_local,
+    const Py_ssize_t sizes[] = {num_ranks, self->max_tokens, self->top_k, self->hidden, self->num_local,
                                 self->num_microbatches};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         if (sizes[i] < 1 || sizes[i] > 1 << 20) {
@@ -120,23 +43,53 @@ check_sizes(const Exchange *self)
             return -1;
         }
     }
-    if (self->top_k > TOP_K_MAX || self->rank < 0 || self->rank >= self->num_ranks || self->spin_ns_max < 0) {
-        PyErr_Format(PyExc_ValueError, "shape: top_k %zd must be at most %d, rank %zd below %zd", self->top_k,
-                     TOP_K_MAX, self->rank, self->num_ranks);
+    if (self->top_k > TOP_K_MAX) {
+        PyErr_Format(PyExc_ValueError, "shape: top_k %zd must be at most %d", self->top_k, TOP_K_MAX);
         return -1;
     }
-    if ((double)self->num_ranks * self->max_tokens * self->top_k > INT32_MAX) {
-        PyErr_SetString(PyExc_ValueError, "shape: num_ranks * max_tokens * top_k must fit 31 bits");
+    if ((double)num_ranks * self->max_tokens * self->top_k > INT32_MAX ||
+        (double)num_ranks * self->num_local > INT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, "shape: pairs and experts must fit 31 bits");
         return -1;
     }
+    self->num_experts = num_ranks * self->num_local;
+    self->pairs_max = num_ranks * self->max_tokens * self->top_k;
+    self->row_bytes = self->int8 ? self->hidden : 4 * self->hidden;
     return check_layout(self);
+}
+
+static int
+make_batch(Exchange *self, batch_t *batch)
+{
+    size_t slots = (size_t)(self->max_tokens * self->top_k), ranks = (size_t)self->group.num_ranks;
+    batch->topk = PyMem_Calloc(slots, sizeof *batch->topk);
+    batch->position = PyMem_Calloc(slots, sizeof *batch->position);
+    batch->starts = PyMem_Calloc((size_t)self->num_experts + 1, sizeof *batch->starts);
+    batch->counts = PyMem_Calloc((size_t)self->num_local, sizeof *batch->counts);
+    batch->found = PyMem_Calloc(2 * ranks, sizeof *batch->found);
+    batch->state = PyMem_Calloc(ranks, sizeof *batch->state);
+    return batch->topk && batch->position && batch->starts && batch->counts && batch->found && batch->state ? 0 : -1;
+}
+
+static int
+make_memory(Exchange *self)
+{
+    self->batches = PyMem_Calloc((size_t)self->num_microbatches, sizeof *self->batches);
+    self->scratch = PyMem_Calloc((size_t)(self->group.num_ranks * (self->num_local + 1)), sizeof *self->scratch);
+    self->row_at = PyMem_Calloc((size_t)self->num_experts, sizeof *self->row_at);
+    int outcome = self->batches && self->scratch && self->row_at ? 0 : -1;
+    for (Py_ssize_t m = 0; outcome == 0 && m < self->num_microbatches; m++) {
+        outcome = make_batch(self, &self->batches[m]);
+    }
+    return outcome;
 }
 
 static int
 Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
 {
-    long long spin_ns;
-    if (self->peers != NULL) {
+    long long yield_ns, poll_ns;
+    Py_ssize_t rank, num_ranks;
+    if (self->group.peers != NULL) {
         PyErr_SetString(PyExc_RuntimeError, "Exchange: already initialised");
         return -1;
     }
@@ -144,19 +97,22 @@ Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "Exchange: takes no keyword arguments");
         return -1;
     }
-    if (!PyArg_ParseTuple(args, "(nnnnnnnp)(nnnnnnnn)L", &self->rank, &self->num_ranks, &self->max_tokens,
-                          &self->top_k, &self->hidden, &self->num_local, &self->num_microbatches, &self->int8,
-                          &self->block_bytes, &self->x_at, &self->x_scale_at, &self->starts_at, &self->pair_row_at,
-                          &self->y_start_at, &self->y_scale_at, &self->y_at, &spin_ns)) {
+    if (!PyArg_ParseTuple(args, "(nnnnnnnp)(nnnnnnnn)LL", &rank, &num_ranks, &self->max_tokens, &self->top_k,
+                          &self->hidden, &self->num_local, &self->num_microbatches, &self->int8, &self->block_bytes,
+                          &self->x_at, &self->x_scale_at, &self->starts_at, &self->pair_row_at, &self->y_start_at,
+                          &self->y_scale_at, &self->y_at, &yield_ns, &poll_ns)) {
         return -1;
     }
-    self->spin_ns = self->spin_ns_max = spin_ns;
-    if (check_sizes(self) < 0) {
+    self->poll_ns = poll_ns;
+    if (check_sizes(self, num_ranks) < 0) {
         return -1;
     }
-    self->peers = PyMem_Calloc((size_t)self->num_ranks, sizeof *self->peers);
-    self->starts = PyMem_Calloc((size_t)(self->num_ranks * (self->num_local + 1)), sizeof *self->starts);
-    if (self->peers == NULL || self->starts == NULL) {
+    Py_ssize_t lanes = self->num_microbatches * LANES, shared = self->num_microbatches * self->block_bytes;
+    if (group_init(&self->group, rank, num_ranks, lanes, shared, yield_ns) < 0) {
+        return -1;
+    }
+    if (make_memory(self) < 0) {
+        group_clear(&self->group); /* so that every method refuses */
         PyErr_NoMemory();
         return -1;
     }
@@ -164,637 +120,447 @@ Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
 }
 
 static void
-drop_peer(peer_t *peer)
+drop_batch(batch_t *batch)
 {
-    if (peer->base != NULL) {
-        peer->base = NULL;
-        PyBuffer_Release(&peer->view);
+    if (batch->rows.obj != NULL) {
+        PyBuffer_Release(&batch->rows);
     }
+    PyMem_Free(batch->topk);
+    PyMem_Free(batch->position);
+    PyMem_Free(batch->starts);
+    PyMem_Free(batch->counts);
+    PyMem_Free(batch->found);
+    PyMem_Free(batch->state);
 }
 
 static void
 Exchange_dealloc(Exchange *self)
 {
-    if (self->peers != NULL) {
-        for (Py_ssize_t i = 0; i < self->num_ranks; i++) {
-            drop_peer(&self->peers[i]);
-        }
+    group_clear(&self->group);
+    for (Py_ssize_t m = 0; self->batches != NULL && m < self->num_microbatches; m++) {
+        drop_batch(&self->batches[m]);
     }
-    PyMem_Free(self->peers);
-    PyMem_Free(self->starts);
+    PyMem_Free(self->batches);
+    PyMem_Free(self->scratch);
+    PyMem_Free(self->row_at);
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
-/* Every method begins here: the object is whole, and no other thread is inside. */
-static int
-enter(const Exchange *self, const char *name, Py_ssize_t given, Py_ssize_t wanted)
-{
-    if (self->peers == NULL || self->starts == NULL || self->busy) {
-        PyErr_Format(PyExc_RuntimeError, "%s: the exchange is in use by another thread or not initialised", name);
-        return -1;
-    }
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%s: takes %zd arguments, got %zd", name, wanted, given);
-        return -1;
-    }
-    return 0;
-}
-
-static int
-parse_word(PyObject *object, uint64_t *out)
-{
-    *out = PyLong_AsUnsignedLongLong(object);
-    return *out == UINT64_MAX && PyErr_Occurred() ? -1 : 0;
-}
-
-/* All ranks must be connected before a call that addresses them. */
-static int
-check_connected(const Exchange *self)
-{
-    for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-        if (self->peers[r].base == NULL) {
-            PyErr_Format(PyExc_LookupError, "rank %zd is not connected", r);
-            return -1;
-        }
-    }
-    return 0;
-}
-
 static PyObject *
 Exchange_set_peer(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t rank, cells, managed;
-    uint64_t incarnation;
-    if (enter(self, "set_peer", nargs, 5) < 0 || parse_index(args[0], "rank", self->num_ranks, &rank) < 0 ||
-        parse_word(args[2], &incarnation) < 0 || parse_index(args[3], "cells", PY_SSIZE_T_MAX / 2, &cells) < 0 ||
-        parse_index(args[4], "managed", PY_SSIZE_T_MAX / 2, &managed) < 0) {
-        return NULL;
-    }
-    Py_buffer view;
-    if (PyObject_GetBuffer(args[1], &view, PyBUF_WRITABLE) < 0) {
-        return NULL;
-    }
-    Py_ssize_t cell_bytes = self->num_ranks * self->num_microbatches * LANES * CELL_STRIDE;
-    Py_ssize_t managed_bytes = self->num_microbatches * self->block_bytes;
-    if (cells < DOORBELL_OFFSET + 8 || cells % CELL_STRIDE != 0 || managed % CELL_STRIDE != 0 ||
-        ((uintptr_t)view.buf & 7) != 0 || cells + cell_bytes > managed || managed + managed_bytes > view.len) {
-        PyErr_Format(PyExc_ValueError, "rank %zd: its cells and blocks do not fit its segment of %zd bytes", rank,
-                     view.len);
-        PyBuffer_Release(&view);
-        return NULL;
-    }
-    peer_t *peer = &self->peers[rank];
-    drop_peer(peer);
-    *peer = (peer_t){view, view.buf, cells, managed, incarnation};
-    Py_RETURN_NONE;
+    return group_set_peer(&self->group, args, nargs);
 }
 
 static PyObject *
 Exchange_drop_peer(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t rank;
-    if (enter(self, "drop_peer", nargs, 1) < 0 || parse_index(args[0], "rank", self->num_ranks, &rank) < 0) {
+    return group_drop_peer(&self->group, args, nargs);
+}
+
+static PyObject *
+Exchange_bind(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    if (group_enter(&self->group, "bind", nargs, 2, 0) < 0 ||
+        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0) {
         return NULL;
     }
-    drop_peer(&self->peers[rank]);
+    Py_buffer rows;
+    if (open_buffer(args[1], "rows", self->pairs_max * self->hidden * 4, PyBUF_WRITABLE, &rows) == NULL) {
+        return NULL;
+    }
+    batch_t *batch = &self->batches[microbatch];
+    if (batch->rows.obj != NULL) {
+        PyBuffer_Release(&batch->rows);
+    }
+    batch->rows = rows;
     Py_RETURN_NONE;
 }
 
-/* Counting sort of the (token, slot) pairs by expert; source order stays within an expert.
- * Fills starts[num_experts + 1], position[num_tokens * top_k] (-1: no expert) and the block's copies. */
+/* ---------------------------------------------------------------- arguments */
+
+/* Export a C-contiguous matrix of 4-byte `format` with `width` columns; 0, or -1 without an exception. */
 static int
-route(Exchange *self, char *block, const int32_t *topk_idx, Py_ssize_t num_tokens, int32_t *position, int32_t *starts)
+open_rows(PyObject *object, char format, Py_ssize_t width, int flags, Py_buffer *view)
 {
-    Py_ssize_t num_experts = self->num_ranks * self->num_local, num_slots = num_tokens * self->top_k;
-    int32_t *next = self->starts;
-    memset(next, 0, (size_t)num_experts * sizeof *next);
-    for (Py_ssize_t i = 0; i < num_slots; i++) {
-        if (topk_idx[i] < -1 || topk_idx[i] >= num_experts) {
-            return -1;
-        }
-        if (topk_idx[i] >= 0) {
-            next[topk_idx[i]]++;
-        }
+    if (PyObject_GetBuffer(object, view, flags | PyBUF_ND | PyBUF_FORMAT) < 0) {
+        PyErr_Clear();
+        return -1;
     }
-    int32_t running = 0;
-    int32_t *shared_starts = (int32_t *)(block + self->starts_at);
-    for (Py_ssize_t e = 0; e < num_experts; e++) {
-        int32_t count = next[e];
-        starts[e] = shared_starts[e] = next[e] = running;
-        running += count;
+    if (view->ndim == 2 && view->shape[1] == width && view->itemsize == 4 && ((uintptr_t)view->buf & 3) == 0 &&
+        view->format != NULL && view->format[0] == format && view->format[1] == '\0') {
+        return 0;
     }
-    starts[num_experts] = shared_starts[num_experts] = running;
-    int32_t *pair_row = (int32_t *)(block + self->pair_row_at);
-    for (Py_ssize_t i = 0; i < num_slots; i++) {
-        int32_t expert = topk_idx[i];
-        position[i] = expert < 0 ? -1 : next[expert]++;
-        if (expert >= 0) {
-            pair_row[position[i]] = (int32_t)(i / self->top_k);
-        }
-    }
-    return 0;
+    PyBuffer_Release(view);
+    return -1;
 }
 
-static void
-put_rows(const Exchange *self, char *rows, float *scales, const float *src, Py_ssize_t num_rows)
+/* Pack an `Event` (bus/xccl/event.py); 0, or -1 when a field is out of range, without an exception. */
+static int
+pack_event(const Exchange *self, PyObject *event, uint64_t *event_id, Py_ssize_t *microbatch)
 {
-    if (self->int8) {
-        for (Py_ssize_t i = 0; i < num_rows; i++) {
-            scales[i] = quantise_row((int8_t *)rows + i * self->hidden, src + i * self->hidden, self->hidden);
+    static const long limits[] = {0, 1 << 12, 1 << 4, 1 << 16};
+    long fields[4] = {0};
+    if (!PyTuple_Check(event) || PyTuple_GET_SIZE(event) != 4) {
+        return -1;
+    }
+    unsigned long step = PyLong_AsUnsignedLongMask(PyTuple_GET_ITEM(event, 0));
+    for (int i = 1; i < 4; i++) {
+        fields[i] = PyLong_AsLong(PyTuple_GET_ITEM(event, i));
+        if (fields[i] < 0 || fields[i] >= limits[i]) {
+            break;
         }
     }
-    else if ((const char *)src != rows) {
-        copy_bytes(rows, (const char *)src, num_rows * row_bytes(self));
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return -1;
     }
+    for (int i = 1; i < 4; i++) {
+        if (fields[i] < 0 || fields[i] >= limits[i]) {
+            return -1;
+        }
+    }
+    *microbatch = fields[2];
+    *event_id = (uint64_t)(step & UINT32_MAX) << 32 | (uint64_t)fields[1] << 20 | (uint64_t)fields[2] << 16 |
+                (uint64_t)fields[3];
+    return fields[3] == 0 || fields[2] >= self->num_microbatches ? -1 : 0;
+}
+
+static int64_t
+earlier(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---------------------------------------------------------------- dispatch */
+
+/* Route and stage x; 0 or STATUS_REFUSED. */
+static Py_ssize_t
+stage(Exchange *self, PyObject *event, PyObject *x, PyObject *topk_idx, Py_ssize_t *microbatch)
+{
+    uint64_t event_id;
+    Py_buffer rows, topk;
+    if (pack_event(self, event, &event_id, microbatch) < 0 || open_rows(x, 'f', self->hidden, 0, &rows) < 0) {
+        return STATUS_REFUSED;
+    }
+    if (open_rows(topk_idx, 'i', self->top_k, 0, &topk) < 0) {
+        PyBuffer_Release(&rows);
+        return STATUS_REFUSED;
+    }
+    batch_t *batch = &self->batches[*microbatch];
+    Py_ssize_t num_tokens = rows.shape[0], status = STATUS_REFUSED;
+    if (num_tokens <= self->max_tokens && topk.shape[0] == num_tokens && batch->rows.obj != NULL) {
+        batch->phase = PHASE_NONE;
+        batch->num_tokens = num_tokens;
+        memcpy(batch->topk, topk.buf, (size_t)topk.len);
+        self->group.busy = 1;
+        Py_BEGIN_ALLOW_THREADS
+        FAULT("entered");
+        status = exchange_stage(self, *microbatch, rows.buf) < 0 ? STATUS_REFUSED : 0;
+        FAULT("staged");
+        Py_END_ALLOW_THREADS
+        self->group.busy = 0;
+    }
+    if (status == 0) {
+        batch->event_id = event_id;
+        batch->phase = PHASE_STAGED;
+    }
+    PyBuffer_Release(&topk);
+    PyBuffer_Release(&rows);
+    return status;
+}
+
+/* Tell every other rank how much there is for it, zero too: they wait for all. */
+static void
+announce(Exchange *self, Py_ssize_t microbatch)
+{
+    batch_t *batch = &self->batches[microbatch];
+    group_t *group = &self->group;
+    Py_ssize_t lane = microbatch * LANES + (Py_ssize_t)(batch->num_sent++ & 1);
+    for (Py_ssize_t i = 1; i <= group->num_ranks; i++) {
+        Py_ssize_t r = group_other(group, i);
+        uint64_t first = (uint64_t)batch->starts[r * self->num_local];
+        uint64_t extent = first << 32 | ((uint64_t)batch->starts[(r + 1) * self->num_local] - first);
+        batch->state[r] = r == group->rank ? ARRIVED : AWAITED;
+        if (r == group->rank) {
+            batch->found[2 * r] = extent;
+            batch->found[2 * r + 1] = (uint64_t)batch->num_tokens;
+        }
+        else {
+            group_tell(group, r, lane, batch->event_id, extent, (uint64_t)batch->num_tokens);
+        }
+    }
+    batch->phase = PHASE_COUNTED;
+}
+
+/* Turn what `group_await` says into a status; 0 = all are there. */
+static Py_ssize_t
+status_of(Exchange *self, Py_ssize_t awaited)
+{
+    if (awaited < 0) {
+        self->culprit = -1 - awaited;
+        return STATUS_MOVED_ON;
+    }
+    return awaited > 0 ? STATUS_WAITING : 0;
+}
+
+/* Wait for the counts and pull; the number of rows, or a status. */
+static Py_ssize_t
+receive(Exchange *self, Py_ssize_t microbatch, int64_t deadline)
+{
+    batch_t *batch = &self->batches[microbatch];
+    Py_ssize_t status;
+    self->group.busy = 1;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t until = earlier(deadline, now_ns() + self->poll_ns);
+    status = status_of(self, group_await(&self->group, microbatch * LANES, LANE_COMBINE, batch->event_id,
+                                         batch->state, batch->found, until));
+    if (status == 0) {
+        FAULT("counted");
+        status = exchange_pull(self, microbatch);
+        FAULT("pulled");
+        if (status < 0) {
+            self->culprit = -1 - status;
+            status = STATUS_CORRUPT;
+        }
+    }
+    Py_END_ALLOW_THREADS
+    self->group.busy = 0;
+    if (status >= 0) {
+        batch->phase = PHASE_PULLED;
+        self->dispatches++;
+        self->rows_sent += (uint64_t)batch->starts[self->num_experts];
+        self->rows_received += (uint64_t)status;
+    }
+    return status;
+}
+
+static int
+parse_time(PyObject *object, int64_t *out)
+{
+    uint64_t value;
+    if (parse_unsigned(object, "deadline", UINT64_MAX, &value) < 0) {
+        return -1;
+    }
+    *out = value > INT64_MAX / 2 ? INT64_MAX / 2 : (int64_t)value;
+    return 0;
 }
 
 static PyObject *
 Exchange_stage(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t microbatch, num_tokens;
-    if (enter(self, "stage", nargs, 7) < 0 ||
-        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 ||
-        parse_index(args[1], "num_tokens", self->max_tokens + 1, &num_tokens) < 0 || check_connected(self) < 0) {
-        return NULL;
-    }
-    buffers_t all = {.num = 0};
-    Py_ssize_t num_slots = num_tokens * self->top_k, num_experts = self->num_ranks * self->num_local;
-    const float *x = take_buffer(&all, args[2], "x", num_tokens * self->hidden * 4, PyBUF_SIMPLE);
-    const int32_t *topk = x ? take_buffer(&all, args[3], "topk_idx", num_slots * 4, PyBUF_SIMPLE) : NULL;
-    int32_t *position = topk ? take_buffer(&all, args[4], "position", num_slots * 4, PyBUF_WRITABLE) : NULL;
-    int32_t *starts = position ? take_buffer(&all, args[5], "starts", (num_experts + 1) * 4, PyBUF_WRITABLE) : NULL;
-    int32_t *kept = starts ? take_buffer(&all, args[6], "topk_kept", num_slots * 4, PyBUF_WRITABLE) : NULL;
-    if (kept == NULL) {
-        return give_back(&all, NULL);
-    }
-    char *block = block_of(self, self->rank, microbatch);
-    int outcome;
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    memmove(kept, topk, (size_t)num_slots * 4);
-    FAULT("entered");
-    outcome = route(self, block, kept, num_tokens, position, starts);
-    if (outcome == 0) {
-        put_rows(self, block + self->x_at, (float *)(block + self->x_scale_at), x, num_tokens);
-    }
-    FAULT("staged");
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    if (outcome < 0) {
-        PyErr_Format(PyExc_ValueError, "topk_idx: an expert id is outside -1..%zd", num_experts - 1);
-        return give_back(&all, NULL);
-    }
-    return give_back(&all, Py_NewRef(Py_None));
-}
-
-static void
-notify_rank(Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch, int lane, uint64_t event_id, uint64_t extent,
-            uint64_t rows)
-{
-    self->writes++;
-    uint64_t stamp = (self->peers[self->rank].incarnation & 0xFFFFFF) << COUNTER_BITS |
-                     (self->writes & ((1ULL << COUNTER_BITS) - 1));
-    const uint64_t words[CELL_WORDS] = {stamp, event_id, extent, rows};
-    store_cell(cell_of(self, rank, self->rank, microbatch, lane), words);
-    FAULT("published");
-    ring(self->peers[rank].base);
-    FAULT("rung");
-}
-
-/* Tell every other rank how much there is for it, zero too: they wait for all. */
-static PyObject *
-Exchange_notify(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    Py_ssize_t microbatch, lane, num_tokens;
-    uint64_t event_id;
-    if (enter(self, "notify", nargs, 6) < 0 ||
-        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 ||
-        parse_index(args[1], "lane", LANE_COMBINE, &lane) < 0 || parse_word(args[2], &event_id) < 0 ||
-        parse_index(args[3], "num_tokens", self->max_tokens + 1, &num_tokens) < 0 || check_connected(self) < 0) {
-        return NULL;
-    }
-    buffers_t all = {.num = 0};
-    Py_ssize_t num_experts = self->num_ranks * self->num_local;
-    const int32_t *starts = take_buffer(&all, args[4], "starts", (num_experts + 1) * 4, PyBUF_SIMPLE);
-    uint64_t *found = starts ? take_buffer(&all, args[5], "found", self->num_ranks * 16, PyBUF_WRITABLE) : NULL;
-    if (found == NULL) {
-        return give_back(&all, NULL);
-    }
-    /* Each begins with its right neighbour, so that not all of them write to rank 0 first. */
-    for (Py_ssize_t i = 1; i <= self->num_ranks; i++) {
-        Py_ssize_t r = (self->rank + i) % self->num_ranks;
-        uint64_t first = (uint64_t)starts[r * self->num_local];
-        uint64_t extent = first << 32 | ((uint64_t)starts[(r + 1) * self->num_local] - first);
-        if (r == self->rank) {
-            found[2 * r] = extent;
-            found[2 * r + 1] = (uint64_t)num_tokens;
-        }
-        else {
-            notify_rank(self, r, microbatch, (int)lane, event_id, extent, (uint64_t)num_tokens);
-        }
-    }
-    return give_back(&all, Py_NewRef(Py_None));
-}
-
-/* Look at one awaited rank's cells. An event later than the awaited one means that it gave this one up. */
-static uint8_t
-look(const Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch, int first_lane, int num_lanes, uint64_t event_id,
-     uint64_t *found)
-{
-    uint8_t state = AWAITED;
-    for (int lane = first_lane; lane < first_lane + num_lanes; lane++) {
-        uint64_t words[4];
-        if (!load_cell(cell_of(self, self->rank, rank, microbatch, lane), words) ||
-            words[0] >> COUNTER_BITS != (self->peers[rank].incarnation & 0xFFFFFF)) {
-            continue;
-        }
-        if (words[1] == event_id) {
-            found[0] = words[2];
-            found[1] = words[3];
-            return ARRIVED;
-        }
-        if ((int64_t)(words[1] - event_id) > 0) {
-            state = MOVED_ON;
-        }
-    }
-    return state;
-}
-
-static void
-learn(Exchange *self, int64_t spent, int slept)
-{
-    if (spent == 0) {
-        return;
-    }
-    if (!slept) {
-        self->spin_ns = 2 * spent < self->spin_ns_max ? 2 * spent : self->spin_ns_max;
-    }
-    else {
-        self->spin_ns = spent / 2 > self->spin_ns_max / 16 ? spent / 2 : 0;
-    }
-}
-
-/* Wait until no rank is AWAITED, one has MOVED_ON, or the time is over.
- * Returns how many are awaited, or -1 - rank for the first one that has moved on. */
-static Py_ssize_t
-await_ranks(Exchange *self, Py_ssize_t microbatch, int first_lane, int num_lanes, uint64_t event_id, uint8_t *state,
-            uint64_t *found, int64_t timeout)
-{
-    uint32_t *bell = (uint32_t *)(self->peers[self->rank].base + DOORBELL_OFFSET);
-    int64_t burst = self->spin_ns, start = 0;
-    if (burst == 0 && ++self->waits % PROBE_EVERY == 0) {
-        burst = self->spin_ns_max;
-    }
-    int slept = 0, waited = 0;
-    Py_ssize_t awaited;
-    for (;;) {
-        uint32_t seen = __atomic_load_n(&bell[0], __ATOMIC_ACQUIRE); /* SYNC: word */
-        Py_ssize_t moved = -1;
-        awaited = 0;
-        for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-            if (state[r] == AWAITED) {
-                state[r] = look(self, r, microbatch, first_lane, num_lanes, event_id, &found[2 * r]);
-                awaited += state[r] == AWAITED;
-                moved = state[r] == MOVED_ON && moved < 0 ? r : moved;
-            }
-        }
-        if (moved >= 0) {
-            awaited = -1 - moved;
-        }
-        if (awaited <= 0) {
-            break;
-        }
-        int64_t now = now_ns();
-        start = start == 0 ? now : start;
-        if (now - start >= timeout) {
-            break;
-        }
-        waited = 1;
-        for (int round = 0; now - start < burst && now - start < timeout; round++) {
-            if (__atomic_load_n(&bell[0], __ATOMIC_ACQUIRE) != seen) { /* SYNC: word */
-                break;
-            }
-            if (round < RELAX_ROUNDS) {
-                cpu_relax();
-                continue;
-            }
-            sched_yield();
-            now = now_ns();
-        }
-        if (now - start < burst) {
-            continue;
-        }
-        slept = 1;
-        int64_t until = timeout > INT64_MAX - start ? INT64_MAX : start + timeout;
-        struct timespec at = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
-        int error = 0;
-        /* Every awaited rank will ring after `seen`: had it rung before, its cell would have been visible above. */
-        __atomic_store_n(&bell[3], seen + (uint32_t)awaited, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&bell[2], 1, __ATOMIC_SEQ_CST);
-        __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-        if (__atomic_load_n(&bell[0], __ATOMIC_SEQ_CST) == seen && /* SYNC: doorbell */
-            syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seen, &at, NULL, FUTEX_BITSET_MATCH_ANY) < 0) {
-            error = errno;
-        }
-        __atomic_fetch_sub(&bell[1], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
-        __atomic_store_n(&bell[2], 0, __ATOMIC_SEQ_CST);
-        if (error == EINTR) {
-            break; /* back to Python, which runs signal handlers and calls again */
-        }
-    }
-    self->sleeps += (uint64_t)slept;
-    if (waited) {
-        learn(self, burst, slept);
-    }
-    return awaited;
-}
-
-static PyObject *
-Exchange_wait(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
-{
     Py_ssize_t microbatch;
-    uint64_t event_id, timeout;
-    if (enter(self, "wait", nargs, 6) < 0 ||
-        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 ||
-        parse_word(args[2], &event_id) < 0 || parse_word(args[5], &timeout) < 0 || check_connected(self) < 0) {
+    if (group_enter(&self->group, "stage", nargs, 3, 1) < 0) {
         return NULL;
     }
-    int combine = PyObject_IsTrue(args[1]);
-    if (combine < 0) {
-        return NULL;
-    }
-    buffers_t all = {.num = 0};
-    uint8_t *state = take_buffer(&all, args[3], "state", self->num_ranks, PyBUF_WRITABLE);
-    uint64_t *found = state ? take_buffer(&all, args[4], "found", self->num_ranks * 16, PyBUF_WRITABLE) : NULL;
-    if (found == NULL) {
-        return give_back(&all, NULL);
-    }
-    if (timeout > INT64_MAX) {
-        timeout = INT64_MAX;
-    }
-    Py_ssize_t awaited;
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    awaited = await_ranks(self, microbatch, combine ? LANE_COMBINE : 0, combine ? 1 : LANE_COMBINE, event_id, state,
-                          found, (int64_t)timeout);
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    return give_back(&all, PyLong_FromSsize_t(awaited));
+    return PyLong_FromSsize_t(stage(self, args[0], args[1], args[2], &microbatch));
 }
 
-/* Copy the slice of `rank`'s expert starts that concerns this rank and check it against the counts in its cell.
- * Returns 0, or -1 when they contradict each other or the shape. */
+/* The microbatch args[0], whose exchange must have come to `phase`. */
 static int
-read_starts(Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch, const uint64_t *extent)
+parse_batch(const Exchange *self, const char *name, PyObject *object, int phase, Py_ssize_t *microbatch)
 {
-    Py_ssize_t num_local = self->num_local;
-    uint64_t first = extent[0] >> 32, count = extent[0] & UINT32_MAX;
-    if (extent[1] > (uint64_t)self->max_tokens || first + count > extent[1] * (uint64_t)self->top_k) {
+    if (parse_index(object, "microbatch", self->num_microbatches, microbatch) < 0) {
         return -1;
     }
-    const int32_t *shared = (const int32_t *)(block_of(self, rank, microbatch) + self->starts_at);
-    int32_t *starts = self->starts + rank * (num_local + 1);
-    if (count == 0) { /* its block must not be read: it owes nothing and may be staging the next exchange already */
-        memset(starts, 0, (size_t)(num_local + 1) * sizeof *starts);
-        return 0;
-    }
-    for (Py_ssize_t e = 0; e <= num_local; e++) {
-        starts[e] = load_count(&shared[self->rank * num_local + e]);
-        if (e > 0 && starts[e] < starts[e - 1]) {
-            return -1;
-        }
-    }
-    return (uint64_t)starts[0] == first && (uint64_t)starts[num_local] == first + count ? 0 : -1;
-}
-
-/* Pull one source's rows of one expert to `out`. */
-static int
-pull_rows(const Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch, int32_t begin, int32_t end, uint64_t rows,
-          float *out)
-{
-    const char *block = block_of(self, rank, microbatch);
-    const int32_t *pair_row = (const int32_t *)(block + self->pair_row_at);
-    for (int32_t p = begin; p < end; p++, out += self->hidden) {
-        int32_t row = load_count(&pair_row[p]);
-        if (row < 0 || (uint64_t)row >= rows) {
-            return -1;
-        }
-        const char *src = block + self->x_at + row * row_bytes(self);
-        if (self->int8) {
-            dequantise_row(out, (const int8_t *)src, ((const float *)(block + self->x_scale_at))[row], self->hidden);
-        }
-        else {
-            copy_bytes((char *)out, src, row_bytes(self));
-        }
+    if (self->batches[*microbatch].phase != phase) {
+        PyErr_Format(PyExc_ValueError, "%s: the exchange of microbatch %zd is in phase %d, not %d", name, *microbatch,
+                     self->batches[*microbatch].phase, phase);
+        return -1;
     }
     return 0;
 }
 
-/* Returns the rank whose words are impossible, or -1. */
-static Py_ssize_t
-pull_all(Exchange *self, Py_ssize_t microbatch, const uint64_t *found, float *out, int32_t *expert_counts)
-{
-    for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-        if (read_starts(self, r, microbatch, &found[2 * r]) < 0) {
-            return r;
-        }
-    }
-    int32_t *y_start = (int32_t *)(block_of(self, self->rank, microbatch) + self->y_start_at);
-    Py_ssize_t done = 0;
-    for (Py_ssize_t e = 0; e < self->num_local; e++) {
-        Py_ssize_t before = done;
-        for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-            const int32_t *starts = self->starts + r * (self->num_local + 1) + e;
-            y_start[r * self->num_local + e] = (int32_t)done;
-            if (pull_rows(self, r, microbatch, starts[0], starts[1], found[2 * r + 1], out + done * self->hidden) < 0) {
-                return r;
-            }
-            done += starts[1] - starts[0];
-        }
-        expert_counts[e] = (int32_t)(done - before);
-    }
-    return -1;
-}
-
 static PyObject *
-Exchange_pull(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+Exchange_announce(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t microbatch;
-    if (enter(self, "pull", nargs, 4) < 0 ||
-        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 || check_connected(self) < 0) {
+    if (group_enter(&self->group, "announce", nargs, 1, 1) < 0 ||
+        parse_batch(self, "announce", args[0], PHASE_STAGED, &microbatch) < 0) {
         return NULL;
     }
-    buffers_t all = {.num = 0};
-    const uint64_t *found = take_buffer(&all, args[1], "found", self->num_ranks * 16, PyBUF_SIMPLE);
-    if (found == NULL) {
-        return give_back(&all, NULL);
-    }
-    Py_ssize_t num_pairs = 0;
-    for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-        uint64_t count = found[2 * r] & UINT32_MAX;
-        if (count > (uint64_t)(self->max_tokens * self->top_k)) {
-            return give_back(&all, PyLong_FromSsize_t(-1 - r));
-        }
-        num_pairs += (Py_ssize_t)count;
-    }
-    float *out = take_buffer(&all, args[2], "x_out", num_pairs * self->hidden * 4, PyBUF_WRITABLE);
-    int32_t *counts = out ? take_buffer(&all, args[3], "expert_counts", self->num_local * 4, PyBUF_WRITABLE) : NULL;
-    if (counts == NULL) {
-        return give_back(&all, NULL);
-    }
-    Py_ssize_t corrupt;
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    FAULT("counted");
-    corrupt = pull_all(self, microbatch, found, out, counts);
-    FAULT("pulled");
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    return give_back(&all, PyLong_FromSsize_t(corrupt >= 0 ? -1 - corrupt : num_pairs));
+    announce(self, microbatch);
+    Py_RETURN_NONE;
 }
+
+static PyObject *
+Exchange_receive(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    int64_t deadline;
+    if (group_enter(&self->group, "receive", nargs, 2, 1) < 0 ||
+        parse_batch(self, "receive", args[0], PHASE_COUNTED, &microbatch) < 0 || parse_time(args[1], &deadline) < 0) {
+        return NULL;
+    }
+    return PyLong_FromSsize_t(receive(self, microbatch, deadline));
+}
+
+static PyObject *
+Exchange_dispatch(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    int64_t deadline;
+    if (group_enter(&self->group, "dispatch", nargs, 4, 1) < 0 || parse_time(args[3], &deadline) < 0) {
+        return NULL;
+    }
+    Py_ssize_t status = stage(self, args[0], args[1], args[2], &microbatch);
+    if (status == 0) {
+        announce(self, microbatch);
+        status = receive(self, microbatch, deadline);
+    }
+    return PyLong_FromSsize_t(status);
+}
+
+/* ---------------------------------------------------------------- combine */
 
 /* Publish y and tell every rank that has rows in it. Marks in `state` who must answer in turn. */
-static PyObject *
-Exchange_answer(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+static void
+answer(Exchange *self, Py_ssize_t microbatch, const float *y)
 {
-    Py_ssize_t microbatch, num_pairs;
-    uint64_t event_id;
-    if (enter(self, "answer", nargs, 7) < 0 ||
-        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 ||
-        parse_word(args[1], &event_id) < 0 ||
-        parse_index(args[2], "num_pairs", pairs_max(self) + 1, &num_pairs) < 0 || check_connected(self) < 0) {
-        return NULL;
-    }
-    buffers_t all = {.num = 0};
-    const float *y = take_buffer(&all, args[3], "y", num_pairs * self->hidden * 4, PyBUF_SIMPLE);
-    const uint64_t *found = y ? take_buffer(&all, args[4], "found", self->num_ranks * 16, PyBUF_SIMPLE) : NULL;
-    Py_ssize_t starts_bytes = (self->num_ranks * self->num_local + 1) * 4;
-    const int32_t *starts = found ? take_buffer(&all, args[5], "starts", starts_bytes, PyBUF_SIMPLE) : NULL;
-    uint8_t *state = starts ? take_buffer(&all, args[6], "state", self->num_ranks, PyBUF_WRITABLE) : NULL;
-    if (state == NULL) {
-        return give_back(&all, NULL);
-    }
-    for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-        int owes = starts[(r + 1) * self->num_local] > starts[r * self->num_local];
-        state[r] = r != self->rank && owes ? AWAITED : ARRIVED;
-    }
-    char *block = block_of(self, self->rank, microbatch);
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    put_rows(self, block + self->y_at, (float *)(block + self->y_scale_at), y, num_pairs);
+    batch_t *batch = &self->batches[microbatch];
+    group_t *group = &self->group;
+    char *block = block_of(self, group->rank, microbatch);
+    exchange_put_rows(self, block + self->y_at, (float *)(block + self->y_scale_at), y, batch->num_pairs);
     FAULT("answering");
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    for (Py_ssize_t i = 1; i < self->num_ranks; i++) {
-        Py_ssize_t r = (self->rank + i) % self->num_ranks;
-        uint64_t count = found[2 * r] & UINT32_MAX;
+    for (Py_ssize_t i = 1; i < group->num_ranks; i++) {
+        Py_ssize_t r = group_other(group, i);
+        uint64_t count = batch->found[2 * r] & UINT32_MAX;
         if (count > 0) {
-            notify_rank(self, r, microbatch, LANE_COMBINE, event_id, count, 0);
+            group_tell(group, r, microbatch * LANES + LANE_COMBINE, batch->event_id, count, 0);
         }
     }
-    return give_back(&all, Py_NewRef(Py_None));
+    for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
+        int owes = batch->starts[(r + 1) * self->num_local] > batch->starts[r * self->num_local];
+        batch->state[r] = r != group->rank && owes ? AWAITED : ARRIVED;
+    }
+    batch->phase = PHASE_ANSWERED;
 }
 
-/* Where each expert's rows for this rank begin in its owner's y, into self->starts. -1, or a corrupt rank. */
+/* Wait for the answers and add; 0 or a status. */
 static Py_ssize_t
-read_y_starts(Exchange *self, Py_ssize_t microbatch, const int32_t *starts, const uint64_t *answered)
+reduce(Exchange *self, Py_ssize_t microbatch, const float *weights, float *out, int64_t deadline)
 {
-    for (Py_ssize_t r = 0; r < self->num_ranks; r++) {
-        int64_t asked = (int64_t)starts[(r + 1) * self->num_local] - starts[r * self->num_local];
-        if (r != self->rank && asked != 0 && answered[2 * r] != (uint64_t)asked) {
-            return r;
-        }
-        const int32_t *shared = (const int32_t *)(block_of(self, r, microbatch) + self->y_start_at);
-        for (Py_ssize_t e = 0; e < self->num_local; e++) {
-            Py_ssize_t expert = r * self->num_local + e;
-            int64_t count = (int64_t)starts[expert + 1] - starts[expert];
-            int32_t begin = count > 0 ? load_count(&shared[self->rank * self->num_local + e]) : 0;
-            if (count < 0 || begin < 0 || begin > pairs_max(self) - count) {
-                return r;
-            }
-            self->starts[expert] = begin;
-        }
+    batch_t *batch = &self->batches[microbatch];
+    int64_t until = earlier(deadline, now_ns() + self->poll_ns);
+    Py_ssize_t status = status_of(self, group_await(&self->group, microbatch * LANES + LANE_COMBINE, 1,
+                                                    batch->event_id, batch->state, batch->found, until));
+    if (status == 0) {
+        FAULT("answered");
+        self->culprit = exchange_reduce(self, microbatch, weights, out);
+        status = self->culprit >= 0 ? STATUS_CORRUPT : 0;
     }
-    return -1;
+    return status;
 }
 
-/* Add the slots of every token. -1, or the rank for which position, starts and topk_idx contradict each other. */
-static Py_ssize_t
-reduce_all(Exchange *self, Py_ssize_t microbatch, Py_ssize_t num_tokens, const int32_t *topk_idx,
-           const int32_t *position, const int32_t *starts, const uint64_t *answered, const float *weights, float *out)
-{
-    Py_ssize_t corrupt = read_y_starts(self, microbatch, starts, answered);
-    Py_ssize_t num_experts = self->num_ranks * self->num_local;
-    for (Py_ssize_t t = 0; t < num_tokens && corrupt < 0; t++) {
-        const char *rows[TOP_K_MAX];
-        float scales[TOP_K_MAX], factors[TOP_K_MAX];
-        int num = 0;
-        for (Py_ssize_t i = t * self->top_k; i < (t + 1) * self->top_k; i++) {
-            int32_t expert = topk_idx[i];
-            if (expert < 0) {
-                continue;
-            }
-            if (expert >= num_experts || position[i] < starts[expert] || position[i] >= starts[expert + 1]) {
-                return self->rank;
-            }
-            const char *block = block_of(self, expert / self->num_local, microbatch);
-            Py_ssize_t row = (Py_ssize_t)self->starts[expert] + position[i] - starts[expert];
-            rows[num] = block + self->y_at + row * row_bytes(self);
-            scales[num] = self->int8 ? ((const float *)(block + self->y_scale_at))[row] : 1.0f;
-            factors[num++] = weights[i];
-        }
-        if (self->int8) {
-            add_slots_int8(out + t * self->hidden, (const int8_t *const *)rows, scales, factors, num, self->hidden);
-        }
-        else {
-            add_slots(out + t * self->hidden, (const float *const *)rows, factors, num, self->hidden);
-        }
-    }
-    return corrupt;
-}
-
+/* combine(microbatch, event_id, y, weights, out, deadline); y is None to resume. */
 static PyObject *
-Exchange_reduce(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+Exchange_combine(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t microbatch, num_tokens;
-    if (enter(self, "reduce", nargs, 8) < 0 ||
+    Py_ssize_t microbatch, status = STATUS_REFUSED;
+    uint64_t event_id;
+    int64_t deadline;
+    if (group_enter(&self->group, "combine", nargs, 6, 1) < 0 ||
         parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0 ||
-        parse_index(args[1], "num_tokens", self->max_tokens + 1, &num_tokens) < 0 || check_connected(self) < 0) {
+        parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 || parse_time(args[5], &deadline) < 0) {
         return NULL;
     }
-    buffers_t all = {.num = 0};
-    Py_ssize_t slot_bytes = num_tokens * self->top_k * 4, num_experts = self->num_ranks * self->num_local;
-    const int32_t *topk = take_buffer(&all, args[2], "topk_idx", slot_bytes, PyBUF_SIMPLE);
-    const int32_t *position = topk ? take_buffer(&all, args[3], "position", slot_bytes, PyBUF_SIMPLE) : NULL;
-    const int32_t *starts = position ? take_buffer(&all, args[4], "starts", (num_experts + 1) * 4, PyBUF_SIMPLE) : NULL;
-    const uint64_t *answered = starts ? take_buffer(&all, args[5], "answered", self->num_ranks * 16, PyBUF_SIMPLE) : NULL;
-    const float *weights = answered ? take_buffer(&all, args[6], "topk_weights", slot_bytes, PyBUF_SIMPLE) : NULL;
-    float *out = weights ? take_buffer(&all, args[7], "out", num_tokens * self->hidden * 4, PyBUF_WRITABLE) : NULL;
-    if (out == NULL) {
-        return give_back(&all, NULL);
+    batch_t *batch = &self->batches[microbatch];
+    int resumes = args[2] == Py_None;
+    Py_buffer y = {0}, weights, out;
+    if (batch->event_id != event_id || batch->phase != (resumes ? PHASE_ANSWERED : PHASE_PULLED) ||
+        (!resumes && open_rows(args[2], 'f', self->hidden, 0, &y) < 0)) {
+        return PyLong_FromSsize_t(STATUS_REFUSED);
     }
-    Py_ssize_t corrupt;
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    FAULT("answered");
-    corrupt = reduce_all(self, microbatch, num_tokens, topk, position, starts, answered, weights, out);
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    return give_back(&all, PyLong_FromSsize_t(corrupt));
+    if ((resumes || y.shape[0] == batch->num_pairs) && open_rows(args[3], 'f', self->top_k, 0, &weights) == 0) {
+        if (weights.shape[0] == batch->num_tokens &&
+            open_rows(args[4], 'f', self->hidden, PyBUF_WRITABLE, &out) == 0) {
+            if (out.shape[0] == batch->num_tokens) {
+                self->group.busy = 1;
+                Py_BEGIN_ALLOW_THREADS
+                if (!resumes) {
+                    answer(self, microbatch, y.buf);
+                }
+                status = reduce(self, microbatch, weights.buf, out.buf, deadline);
+                Py_END_ALLOW_THREADS
+                self->group.busy = 0;
+            }
+            PyBuffer_Release(&out);
+        }
+        PyBuffer_Release(&weights);
+    }
+    if (y.obj != NULL) {
+        PyBuffer_Release(&y);
+    }
+    if (status == 0) {
+        batch->phase = PHASE_NONE;
+        self->combines++;
+    }
+    return PyLong_FromSsize_t(status);
+}
+
+/* ---------------------------------------------------------------- the rest */
+
+/* The states of the ranks in the microbatch's last wait, one byte each. */
+static PyObject *
+Exchange_states(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    if (group_enter(&self->group, "states", nargs, 1, 0) < 0 ||
+        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0) {
+        return NULL;
+    }
+    return PyBytes_FromStringAndSize((const char *)self->batches[microbatch].state, self->group.num_ranks);
+}
+
+/* Copy the rows received per local expert to a buffer of num_local int32. */
+static PyObject *
+Exchange_expert_counts(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    Py_buffer view;
+    if (group_enter(&self->group, "expert_counts", nargs, 2, 0) < 0 ||
+        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0) {
+        return NULL;
+    }
+    int32_t *counts = open_buffer(args[1], "counts", self->num_local * 4, PyBUF_WRITABLE, &view);
+    if (counts == NULL) {
+        return NULL;
+    }
+    memcpy(counts, self->batches[microbatch].counts, (size_t)self->num_local * 4);
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
 }
 
 static PyObject *
-Exchange_num_sleeps(Exchange *self, void *closure)
+Exchange_event_id(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return PyLong_FromUnsignedLongLong(self->sleeps);
+    Py_ssize_t microbatch;
+    if (group_enter(&self->group, "event_id", nargs, 1, 0) < 0 ||
+        parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0) {
+        return NULL;
+    }
+    return PyLong_FromUnsignedLongLong(self->batches[microbatch].event_id);
 }
 
 static PyObject *
-Exchange_num_cell_writes(Exchange *self, void *closure)
+Exchange_culprit(Exchange *self, void *closure)
 {
-    return PyLong_FromUnsignedLongLong(self->writes);
+    return PyLong_FromSsize_t(self->culprit);
+}
+
+static PyObject *
+Exchange_stats(Exchange *self, PyObject *unused)
+{
+    const group_t *group = &self->group;
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsK}", "dispatches", (unsigned long long)self->dispatches, "combines",
+                         (unsigned long long)self->combines, "rows_sent", (unsigned long long)self->rows_sent,
+                         "rows_received", (unsigned long long)self->rows_received, "cell_writes",
+                         (unsigned long long)group->writes, "waits", (unsigned long long)group->waits, "relax_wins",
+                         (unsigned long long)group->relax_wins, "yield_wins", (unsigned long long)group->yield_wins,
+                         "sleeps", (unsigned long long)group->sleeps);
 }
 
 #define METHOD(name, doc) {#name, (PyCFunction)(void (*)(void))Exchange_##name, METH_FASTCALL, doc}
@@ -802,23 +568,27 @@ Exchange_num_cell_writes(Exchange *self, void *closure)
 static PyMethodDef exchange_methods[] = {
     METHOD(set_peer, "set_peer(rank, buf, incarnation, cells_offset, managed_offset)."),
     METHOD(drop_peer, "drop_peer(rank)."),
-    METHOD(stage, "stage(microbatch, num_tokens, x, topk_idx, position, starts, topk_kept): route and stage rows."),
-    METHOD(notify, "notify(microbatch, lane, event_id, num_tokens, starts, found): counts to every other rank, own ones to found."),
-    METHOD(wait, "wait(microbatch, combine, event_id, state, found, timeout_ns) -> ranks still awaited, or -1 - rank."),
-    METHOD(pull, "pull(microbatch, found, x_out, expert_counts) -> number of pairs, or -1 - corrupt rank."),
-    METHOD(answer, "answer(microbatch, event_id, num_pairs, y, found, starts, state): publish y, tell who has rows."),
-    METHOD(reduce, "reduce(microbatch, num_tokens, topk_idx, position, starts, answered, weights, out) -> corrupt rank or -1."),
+    METHOD(bind, "bind(microbatch, rows): where dispatch puts what it receives."),
+    METHOD(dispatch, "dispatch(event, x, topk_idx, deadline_ns) -> rows received, or a status."),
+    METHOD(stage, "stage(event, x, topk_idx) -> 0 or a status: the first step of dispatch."),
+    METHOD(announce, "announce(microbatch): the second step: counts to every other rank."),
+    METHOD(receive, "receive(microbatch, deadline_ns) -> rows received, or a status: the other steps; may be repeated."),
+    METHOD(combine, "combine(microbatch, event_id, y, weights, out, deadline_ns) -> 0 or a status. y=None: go on."),
+    METHOD(states, "states(microbatch) -> a byte for each rank: 0 arrived, 1 awaited, 2 moved on."),
+    METHOD(expert_counts, "expert_counts(microbatch, out): rows received per local expert."),
+    METHOD(event_id, "event_id(microbatch) -> that of its last dispatch."),
+    {"stats", (PyCFunction)Exchange_stats, METH_NOARGS, "stats() -> counters by name."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef exchange_getset[] = {
-    {"num_sleeps", (getter)Exchange_num_sleeps, NULL, "Waits that went to sleep in the kernel.", NULL},
-    {"num_cell_writes", (getter)Exchange_num_cell_writes, NULL, "Metadata cells written at peers.", NULL},
+    {"culprit", (getter)Exchange_culprit, NULL, "The rank that the last status is about.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot exchange_slots[] = {
-    {Py_tp_doc, "Exchange((rank, ranks, tokens, top_k, hidden, local experts, microbatches, int8), offsets, spin_ns)."},
+    {Py_tp_doc, "Exchange((rank, ranks, tokens, top_k, hidden, local experts, microbatches, int8), offsets, yield_ns, "
+                "poll_ns)."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, Exchange_init},
     {Py_tp_dealloc, Exchange_dealloc},

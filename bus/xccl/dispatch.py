@@ -24,6 +24,7 @@ event. Twin: `bus.xccl.reference.dispatch_combine`.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -44,22 +45,18 @@ from bus.xccl.int8 import check_rows
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
-_AWAITED, _MOVED_ON = 1, 2
+_REFUSED, _WAITING, _MOVED_ON = -1, -2, -3  # statuses of the extension; what is left is corruption
+_RANK_AWAITED, _RANK_MOVED_ON = 1, 2
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(slots=True)
 class _Microbatch:
-    """A microbatch's private memory: result rows, the plan of its open exchange, and how many it has had."""
+    """A microbatch's rows: what dispatch brings, and what combine takes away."""
 
     x: Float32Array
     y: Float32Array
-    topk_idx: Int32Array
-    position: Int32Array
-    starts: Int32Array
-    found: npt.NDArray[np.uint64]
-    sent: int = 0
-    open_event: int = 0
 
 
 class Dispatcher:
@@ -70,7 +67,8 @@ class Dispatcher:
         shape: the same on all ranks.
         rank: own index in the group, below `shape.num_ranks`.
         table: addresses of all ranks as `Rank(service, index)`; mapped at the first dispatch.
-        config: how long to spin, how often to look at owner locks.
+        config: how long to poll before sleeping (`spin_us` for each rank of the group, because ranks that share a core
+        take turns), how often to look at owner locks.
         service: first part of the ranks' names.
 
     Threads: one. Blocks only in `dispatch` and `combine`, both up to their deadline.
@@ -90,17 +88,18 @@ class Dispatcher:
         self._segment, self._shape, self._rank, self._table = segment, shape, rank, table
         self._ranks = [Rank(service, index) for index in range(shape.num_ranks)]
         self._name = str(self._ranks[rank])
-        self._poll_ns = settings.poll_interval_ms * NS_PER_MS
         sizes = (rank, shape.num_ranks, shape.max_tokens, shape.top_k, shape.hidden, shape.num_local_experts)
         self._native = _collectives.Exchange(
-            (*sizes, shape.num_microbatches, shape.int8), shape.offsets(), settings.spin_us * 1_000
+            (*sizes, shape.num_microbatches, shape.int8),
+            shape.offsets(),
+            settings.spin_us * 1_000 * shape.num_ranks,
+            settings.poll_interval_ms * NS_PER_MS,
         )
         self._native.set_peer(rank, segment.buf, segment.incarnation, *self._areas(segment))
         self._version = -1  # of the table, when all ranks were connected
         self._connected = [segment.incarnation if r == rank else 0 for r in range(shape.num_ranks)]
         self._batches = [self._make_batch(m) for m in range(shape.num_microbatches)]
-        self._everyone = bytes(_AWAITED * (r != rank) for r in range(shape.num_ranks))
-        self._counts = dict.fromkeys(("dispatches", "combines", "rows_sent", "rows_received", "failures"), 0)
+        self._num_failures = 0
 
     @staticmethod
     def _areas(segment: Segment) -> tuple[int, int]:
@@ -115,14 +114,9 @@ class Dispatcher:
         else:
             offset = self._segment.layout.managed_offset + microbatch * block + y_at
             y = self._segment.array(offset, size, np.float32)
-        return _Microbatch(
-            x=_page_aligned(size),
-            y=y,
-            topk_idx=np.empty((shape.max_tokens, shape.top_k), np.int32),
-            position=np.empty((shape.max_tokens, shape.top_k), np.int32),
-            starts=np.empty(shape.num_experts + 1, np.int32),
-            found=np.zeros((shape.num_ranks, 2), np.uint64),
-        )
+        batch = _Microbatch(x=_page_aligned(size), y=y)
+        self._native.bind(microbatch, batch.x)
+        return batch
 
     def input_rows(self, microbatch: int) -> Float32Array:
         """Return [max_tokens, hidden] float32 in the own managed area: rows written here need no copy to be staged.
@@ -162,45 +156,61 @@ class Dispatcher:
         Order: rows keep (source rank, token, slot) order per local expert. Blocks: yes; releases the GIL.
         Source: paper section 3. Twin: `bus.xccl.reference.dispatch_combine`.
         """
-        handle = self._publish(x, topk_idx, event)
+        if self._version != self._table.version:
+            self._check_input(x, topk_idx, event)
+            self._connect(event.pack())
+        num_pairs = self._native.dispatch(event, x, topk_idx, deadline.at_ns)
+        if num_pairs < 0:
+            num_pairs = self._dispatch_slowly(num_pairs, x, topk_idx, event, deadline)
+        microbatch = event.microbatch
+        batch, counts = self._batches[microbatch], np.empty(self._shape.num_local_experts, np.int32)
+        self._native.expert_counts(microbatch, counts)
+        result = DispatchResult(batch.x[:num_pairs], counts, batch.y[:num_pairs])
+        return result, DispatchHandle(event, self._native.event_id(microbatch), len(x), num_pairs)
+
+    def _dispatch_slowly(
+        self, status: int, x: Float32Array, topk_idx: Int32Array, event: Event, deadline: Deadline
+    ) -> int:
+        """Go on after a dispatch that did not end at once: raise what is wrong, or wait longer."""
+        if status == _REFUSED:
+            self._refuse_input(x, topk_idx, event)
+        return self._finish(status, event, deadline)
+
+    def _finish(self, status: int, event: Event, deadline: Deadline) -> int:
         try:
-            state = bytearray(self._everyone)
-            self._await(handle, state, handle.found, deadline, combine=False)
-            result = self._pull(handle)
+            while status < 0:
+                self._judge(status, event.microbatch, event.pack(), deadline)
+                status = self._native.receive(event.microbatch, deadline.at_ns)
         except Exception:
-            self._counts["failures"] += 1
+            self._num_failures += 1
             raise
-        self._counts["dispatches"] += 1
-        self._counts["rows_sent"] += handle.starts.item(-1)
-        self._counts["rows_received"] += handle.num_pairs
-        return result, handle
+        return status
 
-    def _publish(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> DispatchHandle:
-        handle = self._stage(x, topk_idx, event)
-        self._notify(handle)
-        return handle
-
-    def _stage(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> DispatchHandle:
-        event_id = event.pack()
+    def _stage(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> None:
+        """Steps 1 of a dispatch alone; `_announce` and `_finish` are the others."""
         self._check_input(x, topk_idx, event)
-        self._connect(event_id)
-        batch, num_tokens = self._batches[event.microbatch], x.shape[0]
-        handle = DispatchHandle(
-            event, event_id, num_tokens, 0, batch.topk_idx, batch.position, batch.starts, batch.found
-        )
-        self._native.stage(
-            event.microbatch, num_tokens, x, topk_idx, handle.position, handle.starts, handle.topk_idx
-        )
-        return handle
+        self._connect(event.pack())
+        if self._native.stage(event, x, topk_idx) < 0:
+            self._refuse_input(x, topk_idx, event)
+
+    def _announce(self, event: Event) -> None:
+        self._native.announce(event.microbatch)
+
+    def _refuse_input(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> None:
+        self._check_input(x, topk_idx, event)
+        last = self._shape.num_experts - 1
+        if topk_idx.size and not (topk_idx.min() >= -1 and topk_idx.max() <= last):
+            raise ValueError(f"topk_idx: an expert id is outside -1..{last}")
+        raise ValueError("x, topk_idx: their memory must be aligned to 4 bytes and not change meanwhile")
 
     def _check_input(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> None:
         shape = self._shape
         check_rows("x", x, _FLOAT32)
         check_rows("topk_idx", topk_idx, _INT32)
-        num_tokens = x.shape[0]
+        event_id, num_tokens = event.pack(), x.shape[0]
         if num_tokens > shape.max_tokens:
             text = f"{num_tokens} tokens exceed max_tokens={shape.max_tokens}"
-            raise Truncated(text, rank=self._name, peer="group", event_id=event.pack())
+            raise Truncated(text, rank=self._name, peer="group", event_id=event_id)
         if x.shape[1] != shape.hidden or topk_idx.shape != (num_tokens, shape.top_k):
             raise ValueError(
                 f"x{list(x.shape)}, topk_idx{list(topk_idx.shape)} must be [n, {shape.hidden}] and [n, {shape.top_k}]"
@@ -223,23 +233,6 @@ class Dispatcher:
                 raise self._corrupt(str(error), index, event_id) from error
             self._connected[index] = segment.incarnation
         self._version = version
-
-    def _notify(self, handle: DispatchHandle) -> None:
-        batch, microbatch = self._batches[handle.event.microbatch], handle.event.microbatch
-        lane = batch.sent & 1
-        batch.sent += 1
-        batch.open_event = handle.event_id
-        self._native.notify(microbatch, lane, handle.event_id, handle.num_tokens, handle.starts, handle.found)
-
-    def _pull(self, handle: DispatchHandle) -> DispatchResult:
-        batch, microbatch = self._batches[handle.event.microbatch], handle.event.microbatch
-        counts = np.empty(self._shape.num_local_experts, np.int32)
-        pairs = self._native.pull(microbatch, handle.found, batch.x, counts)
-        if pairs < 0:
-            text = "counts or row numbers are outside the agreed shape"
-            raise self._corrupt(text, -1 - pairs, handle.event_id)
-        handle.num_pairs = pairs
-        return DispatchResult(batch.x[:pairs], counts, batch.y[:pairs])
 
     # ------------------------------------------------------------------ combine
 
@@ -271,32 +264,25 @@ class Dispatcher:
 
         Blocks: yes; releases the GIL. Source: paper section 3. Twin: `bus.xccl.reference.dispatch_combine`.
         """
-        out, shape = self._check_answer(y, topk_weights, handle, out), self._shape
-        handle.done = True
+        if out is None:
+            out = np.empty((handle.num_tokens, self._shape.hidden), np.float32)
+        microbatch, event_id = handle.event.microbatch, handle.event_id
+        status = self._native.combine(microbatch, event_id, y, topk_weights, out, deadline.at_ns)
+        if status == _REFUSED:
+            self._refuse_answer(y, topk_weights, handle, out)
         try:
-            state, answered = bytearray(shape.num_ranks), bytearray(16 * shape.num_ranks)
-            self._native.answer(
-                handle.event.microbatch,
-                handle.event_id,
-                handle.num_pairs,
-                y,
-                handle.found,
-                handle.starts,
-                state,
-            )
-            self._await(handle, state, answered, deadline, combine=True)
-            return self._reduce(handle, answered, topk_weights, out)
+            while status < 0:
+                self._judge(status, microbatch, event_id, deadline)
+                status = self._native.combine(microbatch, event_id, None, topk_weights, out, deadline.at_ns)
         except Exception:
-            self._counts["failures"] += 1
+            self._num_failures += 1
             raise
+        return out
 
-    def _check_answer(
-        self, y: Float32Array, topk_weights: Float32Array, handle: DispatchHandle, out: Float32Array | None
-    ) -> Float32Array:
+    def _refuse_answer(
+        self, y: Float32Array, topk_weights: Float32Array, handle: DispatchHandle, out: Float32Array
+    ) -> None:
         shape = self._shape
-        if handle.done or self._batches[handle.event.microbatch].open_event != handle.event_id:
-            raise ValueError(f"handle: event {handle.event_id:#x} is not the open exchange of its microbatch")
-        out = np.empty((handle.num_tokens, shape.hidden), np.float32) if out is None else out
         for name, array, wanted in (
             ("y", y, (handle.num_pairs, shape.hidden)),
             ("topk_weights", topk_weights, (handle.num_tokens, shape.top_k)),
@@ -305,50 +291,23 @@ class Dispatcher:
             check_rows(name, array, _FLOAT32)
             if array.shape != wanted:
                 raise ValueError(f"{name}: {list(array.shape)} must be {list(wanted)}")
-        return out
-
-    def _reduce(
-        self, handle: DispatchHandle, answered: bytearray, weights: Float32Array, out: Float32Array
-    ) -> Float32Array:
-        corrupt = self._native.reduce(
-            handle.event.microbatch,
-            handle.num_tokens,
-            handle.topk_idx,
-            handle.position,
-            handle.starts,
-            answered,
-            weights,
-            out,
-        )
-        if corrupt >= 0:
-            text = "its answer has another number of rows, or lies outside its block"
-            raise self._corrupt(text, corrupt, handle.event_id)
-        self._counts["combines"] += 1
-        return out
+        if not out.flags.writeable:
+            raise ValueError("out: must be writable")
+        raise ValueError(f"handle: event {handle.event_id:#x} is not the open exchange of its microbatch")
 
     # ------------------------------------------------------------------ waiting
 
-    def _await(
-        self,
-        handle: DispatchHandle,
-        state: bytearray,
-        found: npt.NDArray[np.uint64] | bytearray,
-        deadline: Deadline,
-        *,
-        combine: bool,
-    ) -> None:
-        microbatch, event_id = handle.event.microbatch, handle.event_id
-        while True:
-            patience = min(self._poll_ns, deadline.remaining_ns())
-            left = self._native.wait(microbatch, combine, event_id, state, found, patience)
-            if left == 0:
-                return
-            if left < 0:
-                names = self._names([r for r, s in enumerate(state) if s == _MOVED_ON])
-                raise EventMismatch(
-                    "moved on to a later event", rank=self._name, peer=names, event_id=event_id
-                )
-            self._check_peers([r for r, s in enumerate(state) if s == _AWAITED], event_id, deadline)
+    def _judge(self, status: int, microbatch: int, event_id: int, deadline: Deadline) -> None:
+        """Raise what a status means, if it means an error."""
+        states = self._native.states(microbatch)
+        if status == _WAITING:
+            self._check_peers([r for r, s in enumerate(states) if s == _RANK_AWAITED], event_id, deadline)
+        elif status == _MOVED_ON:
+            names = self._names([r for r, s in enumerate(states) if s == _RANK_MOVED_ON])
+            raise EventMismatch("moved on to a later event", rank=self._name, peer=names, event_id=event_id)
+        else:
+            text = "its counts, row numbers or places are outside the agreed shape"
+            raise self._corrupt(text, self._native.culprit, event_id)
 
     def _check_peers(self, awaited: list[int], event_id: int, deadline: Deadline) -> None:
         dead = [r for r in awaited if not self._alive(r)]
@@ -371,9 +330,12 @@ class Dispatcher:
     # ------------------------------------------------------------------ the rest
 
     def stats(self) -> dict[str, int]:
-        """Return counters by name; `cell_writes`: metadata writes at peers, `sleeps`: waits that reached the kernel."""
-        native = self._native
-        return {**self._counts, "cell_writes": native.num_cell_writes, "sleeps": native.num_sleeps}
+        """Return counters by name.
+
+        cell_writes: metadata writes at peers. waits: how often something was missing; of these, relax_wins and
+        yield_wins ended while polling and sleeps reached the kernel.
+        """
+        return {**self._native.stats(), "failures": self._num_failures}
 
     def close(self) -> None:
         """Let go of all mappings. The segment and the table stay the caller's."""
@@ -385,4 +347,8 @@ class Dispatcher:
 def _page_aligned(size: tuple[int, int]) -> Float32Array:
     """Return zeroed private float32 memory from a page's start on: copies between pages of equal phase are fast."""
     num_bytes = size[0] * size[1] * 4
-    return np.frombuffer(mmap.mmap(-1, num_bytes), np.float32).reshape(size)
+    memory = mmap.mmap(-1, num_bytes)
+    if num_bytes >= _HUGE_PAGE_BYTES:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(size)

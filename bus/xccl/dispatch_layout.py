@@ -109,20 +109,9 @@ class DispatchResult:
 
 @dataclass(slots=True)
 class DispatchHandle:
-    """What `dispatch` returns and exactly one `combine` needs.
-
-    The arrays belong to the microbatch and are used again by its next dispatch. topk_idx: [max_tokens, top_k] int32,
-    a copy. position: [max_tokens, top_k] int32, place of each pair in the expert-sorted order, -1 where there is
-    none; rows from `num_tokens` on mean nothing. starts: [num_experts + 1] int32, first pair of each expert. found:
-    [num_ranks, 2] uint64, (first pair << 32 | pairs, tokens) that each rank announced to this one.
-    """
+    """What `dispatch` returns and exactly one `combine` needs: the name and size of an open exchange."""
 
     event: Event
     event_id: int
     num_tokens: int
     num_pairs: int
-    topk_idx: Int32Array
-    position: Int32Array
-    starts: Int32Array
-    found: npt.NDArray[np.uint64]
-    done: bool = False

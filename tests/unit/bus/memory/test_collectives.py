@@ -20,7 +20,8 @@ ERRORS = (ValueError, IndexError, TypeError, LookupError, RuntimeError, Overflow
 
 def make_exchange() -> tuple[_collectives.Exchange, bytearray, bytearray]:
     layout = SHAPE.layout()
-    exchange = _collectives.Exchange(NATIVE_SHAPE, SHAPE.offsets(), 0)
+    exchange = _collectives.Exchange(NATIVE_SHAPE, SHAPE.offsets(), 0, 1_000)
+    exchange.bind(0, np.zeros((SHAPE.pairs_max, SHAPE.hidden), np.float32))
     segments = bytearray(layout.total_bytes), bytearray(layout.total_bytes)
     for rank, segment in enumerate(segments):
         exchange.set_peer(rank, segment, 1, layout.cells_offset, layout.managed_offset)
@@ -97,7 +98,7 @@ def test_offsets_that_leave_the_block_are_refused(place: int) -> None:
     offsets = list(SHAPE.offsets())
     offsets[place] = 64 if place == 0 else offsets[0]
     with pytest.raises(ValueError, match="leaves the block"):
-        _collectives.Exchange(NATIVE_SHAPE, tuple(offsets), 0)
+        _collectives.Exchange(NATIVE_SHAPE, tuple(offsets), 0, 0)
 
 
 def test_a_segment_that_is_too_small_is_refused() -> None:
@@ -111,34 +112,68 @@ def test_a_rank_that_is_not_connected_is_named() -> None:
     exchange, _, _ = make_exchange()
     exchange.drop_peer(1)
     with pytest.raises(LookupError, match="rank 1 is not connected"):
-        exchange.notify(0, 0, 1, 0, np.zeros(5, np.int32), np.zeros(4, np.uint64))
+        exchange.announce(0)
+
+
+def test_a_call_in_the_wrong_phase_is_refused() -> None:
+    exchange, _, _ = make_exchange()
+    for call in (exchange.announce, lambda microbatch: exchange.receive(microbatch, 0)):
+        with pytest.raises(ValueError, match="is in phase 0"):
+            call(0)
+    rows = np.zeros((0, 4), np.float32)
+    assert exchange.combine(0, 1, rows, np.zeros((0, 2), np.float32), rows, 0) == -1
+
+
+@pytest.mark.parametrize(
+    "event", [(1, 0, 0, 0), (1, 4096, 0, 1), (1, 0, 1, 1), (1, 0, -1, 1), (1, 0, 0), 7, ("1", 0, 0, 1)]
+)
+def test_an_event_out_of_range_is_refused(event: Any) -> None:
+    exchange, _, _ = make_exchange()
+    x, idx = np.zeros((1, 4), np.float32), np.zeros((1, 2), np.int32)
+    assert exchange.stage((1, 0, 0, 1), x, idx) == 0
+    assert exchange.stage(event, x, idx) == -1
+
+
+def test_a_batch_is_routed_as_dispatch_does_it() -> None:
+    topk = np.array([[2, 0], [-1, 2], [0, 1]], np.int32)
+    position, pair_row, starts = np.empty((3, 2), np.int32), np.empty(6, np.int32), np.empty(4, np.int32)
+    assert _collectives.route(topk, 2, 3, position, starts, pair_row) == 5
+    assert position.tolist() == [[3, 0], [-1, 4], [1, 2]]
+    assert starts.tolist() == [0, 2, 3, 5] and pair_row[:5].tolist() == [0, 2, 2, 0, 1]
+    with pytest.raises(ValueError, match=r"outside -1\.\.1"):
+        _collectives.route(topk, 2, 2, position, starts, pair_row)
 
 
 def test_no_segment_content_makes_a_call_touch_what_it_should_not() -> None:
-    """Fuzz: random words in the peers' segments and in the arguments. Errors are fine, crashes are not."""
+    """Fuzz: random words in all segments and in the arguments. Errors are fine, crashes are not."""
     rng = random.Random(11)
     exchange, own, peer = make_exchange()
+    layout = SHAPE.layout()
     words = [0, 1, 2, 3, 5, 6, 7, -1, -2, 2**31 - 1, -(2**31), 1 << 16]
     extents = [0, 1, 6, 7, 1 << 32, 3 << 32 | 3, 2**64 - 1, 2**63, 12]
-    for _ in range(4_000):
+    reached: set[int] = set()
+    for step in range(1, 6_000):
         for segment in (own, peer):
             view = np.frombuffer(segment, np.int32)
-            for _ in range(rng.randrange(8)):
+            for _ in range(rng.randrange(4)):
                 view[rng.randrange(1024, len(view))] = rng.choice(words)
-        starts = np.array([rng.choice(words) for _ in range(5)], np.int32)
-        topk = np.array([rng.choice(words) for _ in range(6)], np.int32)
-        found = np.array([rng.choice(extents) for _ in range(4)], np.uint64)
-        x, out = np.zeros(12, np.float32), np.zeros(24 * 4, np.float32)
-        state, tokens = bytearray(b"\1\1"), rng.randrange(-1, 6)
-        calls: list[Callable[[], Any]] = [
-            lambda: exchange.stage(0, tokens, x, topk, topk.copy(), starts, topk.copy()),  # noqa: B023
-            lambda: exchange.wait(0, rng.random() < 0.5, rng.choice(extents), state, found, 0),  # noqa: B023
-            lambda: exchange.pull(0, found, out, np.zeros(2, np.int32)),  # noqa: B023
-            lambda: exchange.answer(0, 1, rng.randrange(30), out, found, starts, state),  # noqa: B023
-            lambda: exchange.reduce(0, tokens, topk, topk, starts, found, x, out),  # noqa: B023
-            lambda: exchange.notify(0, rng.randrange(4), 1, tokens, starts, found),  # noqa: B023
-        ]
+        tokens = rng.randrange(0, 4)
+        x = np.zeros((tokens, 4), np.float32)
+        topk = np.array([rng.choice([-1, 0, 1, 2, 3]) for _ in range(2 * tokens)], np.int32).reshape(-1, 2)
+        event_id = step << 32 | 1
+        # The peer announces counts that may be right, and answers what may be right.
+        cell = layout.cells_offset + 3 * 64
+        plausible = rng.randrange(4) << 32 | rng.randrange(4)
+        extent = plausible if rng.random() < 0.8 else rng.choice(extents)
+        for lane in range(2):
+            _native.write_cell(own, cell + lane * 64, 1 << 40 | step, event_id, extent, rng.randrange(5))
+        answer = rng.randrange(7)
+        _native.write_cell(own, cell + 128, 1 << 40 | step, event_id, answer, 0)
         try:
-            rng.choice(calls)()
+            rows = exchange.dispatch((step, 0, 0, 1), x, topk, 0)
+            reached.add(min(rows, 1))
+            y = np.zeros((max(rows, 0), 4), np.float32)
+            reached.add(10 + exchange.combine(0, event_id, y, np.zeros((tokens, 2), np.float32), x, 0))
         except ERRORS:
             continue
+    assert reached >= {0, 1, -4, 10, 6}, reached

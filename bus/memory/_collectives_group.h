@@ -1,0 +1,84 @@
+/* A group of ranks whose segments are mapped: cells, doorbells, and waiting for several ranks at once. */
+#ifndef XDS_COLLECTIVES_GROUP_H
+#define XDS_COLLECTIVES_GROUP_H
+
+#include "_collectives.h"
+
+#define COUNTER_BITS 40
+#define COUNTER_MASK ((1ULL << COUNTER_BITS) - 1)
+
+/* What a rank is to a waiter. */
+#define ARRIVED 0
+#define AWAITED 1
+#define MOVED_ON 2
+
+typedef struct {
+    Py_buffer view;
+    char *base; /* NULL: not connected */
+    Py_ssize_t cells, managed;
+    uint64_t incarnation;
+} peer_t;
+
+/* What a waiter has learned about one way of polling. */
+typedef struct {
+    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
+    uint32_t interval; /* waits between two probes while the score is low */
+    uint64_t probe_at; /* the wait that probes next */
+} habit_t;
+
+typedef struct {
+    peer_t *peers;
+    Py_ssize_t rank, num_ranks, num_lanes, num_connected;
+    Py_ssize_t shared_bytes; /* of each segment, from `managed` on */
+    uint64_t writes, waits, relax_wins, yield_wins, sleeps;
+    int64_t yield_ns; /* longest burst of yielding */
+    habit_t relax, yield;
+    int busy; /* a call has released the GIL */
+} group_t;
+
+/* 0, or -1 with an exception. `shared_bytes` from its managed offset on must lie in every segment. */
+int group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
+               int64_t yield_ns);
+void group_clear(group_t *group);
+
+/* Methods `set_peer(rank, buf, incarnation, cells_offset, managed_offset)` and `drop_peer(rank)`. */
+PyObject *group_set_peer(group_t *group, PyObject *const *args, Py_ssize_t nargs);
+PyObject *group_drop_peer(group_t *group, PyObject *const *args, Py_ssize_t nargs);
+
+/* Every method begins here: the object is whole, no other thread is inside, and all ranks are connected if need be. */
+int group_enter(const group_t *group, const char *name, Py_ssize_t given, Py_ssize_t wanted, int all);
+
+/* Write the own cell of `lane` at `rank` and ring there. Returns the stamp. */
+uint64_t group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w1, uint64_t w2, uint64_t w3);
+
+/* Wait until no rank is AWAITED in `state`, one has MOVED_ON, or `until` has come.
+ *
+ * A rank has arrived when its cell on one of `num_lanes` lanes from `lane` on shows `event_id`; found[2 * rank] and
+ * found[2 * rank + 1] are w2 and w3. Returns how many are awaited, or -1 - rank of the first that moved on. The GIL
+ * is not needed. */
+Py_ssize_t group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state,
+                       uint64_t *found, int64_t until);
+
+/* The cell that `writer` writes in `owner`'s metadata. */
+static inline uint64_t *
+group_cell(const group_t *group, Py_ssize_t owner, Py_ssize_t writer, Py_ssize_t lane)
+{
+    const peer_t *peer = &group->peers[owner];
+    return (uint64_t *)(peer->base + peer->cells + (writer * group->num_lanes + lane) * CELL_STRIDE);
+}
+
+/* The i-th other rank: each begins with its right neighbour, so that not all of them turn to rank 0 first. */
+static inline Py_ssize_t
+group_other(const group_t *group, Py_ssize_t i)
+{
+    Py_ssize_t rank = group->rank + i;
+    return rank < group->num_ranks ? rank : rank - group->num_ranks;
+}
+
+static inline int32_t
+load_count(const int32_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_RELAXED); /* read once: a peer may change it behind our back */
+}
+
+#endif
