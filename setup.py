@@ -17,7 +17,7 @@ setup(
         ),
         Extension(
             "bus.memory._collectives",
-            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_group", "_exchange", "_pull")],
+            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_group", "_exchange", "_pull", "_alltoall")],
             depends=[*SHARED, *map(str, Path("bus/memory").glob("_collectives*.h"))],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],

@@ -273,13 +273,17 @@ static PyMethodDef methods[] = {
 static int
 module_exec(PyObject *module)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &exchange_spec, NULL);
-    if (type == NULL) {
-        return -1;
+    PyType_Spec *specs[] = {&exchange_spec, &alltoall_spec};
+    const char *names[] = {"Exchange", "AllToAll"};
+    for (int i = 0; i < 2; i++) {
+        PyObject *type = PyType_FromModuleAndSpec(module, specs[i], NULL);
+        int outcome = type == NULL ? -1 : PyModule_AddObjectRef(module, names[i], type);
+        Py_XDECREF(type);
+        if (outcome < 0) {
+            return -1;
+        }
     }
-    int outcome = PyModule_AddObjectRef(module, "Exchange", type);
-    Py_DECREF(type);
-    return outcome;
+    return 0;
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

@@ -8,6 +8,7 @@
 #define DOORBELL_OFFSET 128
 
 extern PyType_Spec exchange_spec; /* _collectives_exchange.c */
+extern PyType_Spec alltoall_spec; /* _collectives_alltoall.c */
 
 static inline int
 parse_index(PyObject *object, const char *name, Py_ssize_t limit, Py_ssize_t *out)

@@ -51,6 +51,49 @@ class Exchange:
     def event_id(self, microbatch: int, /) -> int: ...
     def stats(self) -> dict[str, int]: ...
 
+class AllToAll:
+    """One rank's end of the plain all-to-all; protocol in bus/xccl/alltoall.py. Statuses as in `Exchange`; -5: no room.
+
+    `exchange` takes one array cut by counts (int64 rows for each rank), or a list of one array for each rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        stage_bytes: int,
+        app_at: int,
+        shared_bytes: int,
+        yield_ns: int,
+        poll_ns: int,
+        /,
+    ) -> None: ...
+    @property
+    def culprit(self) -> int: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def total(self) -> int: ...
+    def set_peer(
+        self, rank: int, buf: Buffer, incarnation: int, cells_offset: int, managed_offset: int, /
+    ) -> None: ...
+    def drop_peer(self, rank: int, /) -> None: ...
+    def exchange(
+        self,
+        event_id: int,
+        array: Buffer | list[Any],
+        counts: Buffer | None,
+        row_bytes: int,
+        out: Buffer | None,
+        deadline_ns: int,
+        /,
+    ) -> int: ...
+    def resume(self, out: Buffer | None, deadline_ns: int, /) -> int: ...
+    def abandon(self) -> None: ...
+    def sizes(self, out: Buffer, /) -> None: ...
+    def states(self) -> bytes: ...
+    def stats(self) -> dict[str, int]: ...
+
 def partition(group: Buffer, num_groups: int, order: Buffer, starts: Buffer, /) -> int: ...
 def route(
     topk_idx: Buffer, top_k: int, num_experts: int, position: Buffer, starts: Buffer, pair_row: Buffer, /

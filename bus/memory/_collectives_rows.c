@@ -1,10 +1,8 @@
 /* Row kernels. Built with -ffp-contract=off: every rounding is part of the contract. */
 #include "_collectives_rows.h"
 
-#define LANE_FLOATS 64 /* floats of a row that stay in registers or L1 while its slots are added */
-
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define VECTORISED __attribute__((target_clones("avx2", "default")))
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define VECTORISED
 #endif
@@ -49,19 +47,30 @@ dequantise_row(float *restrict dst, const int8_t *restrict src, float scale, Py_
     }
 }
 
+/* Sums of 64 neighbours of a row stay in registers while its slots are added. */
+typedef float lane_t __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int8_t bytes_t __attribute__((vector_size(16), aligned(1), may_alias));
+#define LANE_FLOATS 16
+#define NUM_LANES 4
+
 VECTORISED void
 add_slots(float *restrict out, const float *const *rows, const float *weights, int num, Py_ssize_t width)
 {
     Py_ssize_t at = 0;
-    for (; at + LANE_FLOATS <= width; at += LANE_FLOATS) {
-        float sums[LANE_FLOATS] = {0};
+    for (; at + NUM_LANES * LANE_FLOATS <= width; at += NUM_LANES * LANE_FLOATS) {
+        lane_t a = {0}, b = {0}, c = {0}, d = {0};
         for (int k = 0; k < num; k++) {
-            const float *row = rows[k] + at;
-            for (int i = 0; i < LANE_FLOATS; i++) {
-                sums[i] = sums[i] + weights[k] * row[i];
-            }
+            const lane_t *row = (const lane_t *)(rows[k] + at);
+            a = a + row[0] * weights[k];
+            b = b + row[1] * weights[k];
+            c = c + row[2] * weights[k];
+            d = d + row[3] * weights[k];
         }
-        memcpy(out + at, sums, sizeof sums);
+        lane_t *sums = (lane_t *)(out + at);
+        sums[0] = a;
+        sums[1] = b;
+        sums[2] = c;
+        sums[3] = d;
     }
     for (; at < width; at++) {
         float sum = 0.0f;
@@ -72,21 +81,27 @@ add_slots(float *restrict out, const float *const *rows, const float *weights, i
     }
 }
 
+#define TO_FLOATS(bytes) __builtin_convertvector(bytes, lane_t)
+
 VECTORISED void
 add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scales, const float *weights, int num,
                Py_ssize_t width)
 {
     Py_ssize_t at = 0;
-    for (; at + LANE_FLOATS <= width; at += LANE_FLOATS) {
-        float sums[LANE_FLOATS] = {0};
+    for (; at + NUM_LANES * LANE_FLOATS <= width; at += NUM_LANES * LANE_FLOATS) {
+        lane_t a = {0}, b = {0}, c = {0}, d = {0};
         for (int k = 0; k < num; k++) {
-            const int8_t *row = rows[k] + at;
-            for (int i = 0; i < LANE_FLOATS; i++) {
-                float value = (float)row[i] * scales[k];
-                sums[i] = sums[i] + weights[k] * value;
-            }
+            const bytes_t *row = (const bytes_t *)(rows[k] + at);
+            a = a + TO_FLOATS(row[0]) * scales[k] * weights[k];
+            b = b + TO_FLOATS(row[1]) * scales[k] * weights[k];
+            c = c + TO_FLOATS(row[2]) * scales[k] * weights[k];
+            d = d + TO_FLOATS(row[3]) * scales[k] * weights[k];
         }
-        memcpy(out + at, sums, sizeof sums);
+        lane_t *sums = (lane_t *)(out + at);
+        sums[0] = a;
+        sums[1] = b;
+        sums[2] = c;
+        sums[3] = d;
     }
     for (; at < width; at++) {
         float sum = 0.0f;
@@ -97,3 +112,47 @@ add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scal
         out[at] = sum;
     }
 }
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+
+#ifndef STREAM_BYTES_MIN
+#define STREAM_BYTES_MIN (512 * 1024)
+#endif
+
+static void
+stream_bytes(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    Py_ssize_t at = (Py_ssize_t)(-(uintptr_t)dst & 63);
+    memcpy(dst, src, (size_t)at);
+    for (; at + 64 <= size; at += 64) {
+        const __m128i *from = (const __m128i *)(src + at);
+        __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+        __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
+        __m128i *to = (__m128i *)(dst + at);
+        _mm_stream_si128(to, a);
+        _mm_stream_si128(to + 1, b);
+        _mm_stream_si128(to + 2, c);
+        _mm_stream_si128(to + 3, d);
+    }
+    _mm_sfence(); /* such stores are not ordered by a release */
+    memcpy(dst + at, src + at, (size_t)(size - at));
+}
+
+void
+copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    if (size >= STREAM_BYTES_MIN) {
+        stream_bytes(dst, src, size);
+    }
+    else {
+        copy_bytes(dst, src, size);
+    }
+}
+#else
+void
+copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    copy_bytes(dst, src, size);
+}
+#endif

@@ -16,4 +16,7 @@ void add_slots(float *restrict out, const float *const *rows, const float *weigh
 void add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scales, const float *weights, int num,
                     Py_ssize_t width);
 
+/* Copy what does not overlap; a large piece goes past the caches, which it would only empty. */
+void copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size);
+
 #endif

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from bus.clock import NS_PER_MS, Deadline
 from bus.config import XcclConfig
-from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, Truncated
+from bus.errors import Truncated
 from bus.memory import _collectives
 from bus.memory.segment import Segment
 from bus.xccl.dispatch_layout import DispatchHandle, DispatchResult, DispatchShape
@@ -41,12 +41,11 @@ from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
 from bus.xccl.int8 import check_rows
+from bus.xccl.members import REFUSED, Members
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
-_REFUSED, _WAITING, _MOVED_ON = -1, -2, -3  # statuses of the extension; what is left is corruption
-_RANK_AWAITED, _RANK_MOVED_ON = 1, 2
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -85,9 +84,7 @@ class Dispatcher:
         service: str = "expert",
     ) -> None:
         settings = config or XcclConfig()
-        self._segment, self._shape, self._rank, self._table = segment, shape, rank, table
-        self._ranks = [Rank(service, index) for index in range(shape.num_ranks)]
-        self._name = str(self._ranks[rank])
+        self._segment, self._shape = segment, shape
         sizes = (rank, shape.num_ranks, shape.max_tokens, shape.top_k, shape.hidden, shape.num_local_experts)
         self._native = _collectives.Exchange(
             (*sizes, shape.num_microbatches, shape.int8),
@@ -95,15 +92,10 @@ class Dispatcher:
             settings.spin_us * 1_000 * shape.num_ranks,
             settings.poll_interval_ms * NS_PER_MS,
         )
-        self._native.set_peer(rank, segment.buf, segment.incarnation, *self._areas(segment))
-        self._version = -1  # of the table, when all ranks were connected
-        self._connected = [segment.incarnation if r == rank else 0 for r in range(shape.num_ranks)]
+        ranks = [Rank(service, index) for index in range(shape.num_ranks)]
+        self._members = Members(self._native, segment, rank, ranks, table)
         self._batches = [self._make_batch(m) for m in range(shape.num_microbatches)]
         self._num_failures = 0
-
-    @staticmethod
-    def _areas(segment: Segment) -> tuple[int, int]:
-        return segment.layout.cells_offset, segment.layout.managed_offset
 
     def _make_batch(self, microbatch: int) -> _Microbatch:
         shape = self._shape
@@ -156,9 +148,9 @@ class Dispatcher:
         Order: rows keep (source rank, token, slot) order per local expert. Blocks: yes; releases the GIL.
         Source: paper section 3. Twin: `bus.xccl.reference.dispatch_combine`.
         """
-        if self._version != self._table.version:
+        if not self._members.is_current:
             self._check_input(x, topk_idx, event)
-            self._connect(event.pack())
+            self._members.connect(event.pack())
         num_pairs = self._native.dispatch(event, x, topk_idx, deadline.at_ns)
         if num_pairs < 0:
             num_pairs = self._dispatch_slowly(num_pairs, x, topk_idx, event, deadline)
@@ -172,7 +164,7 @@ class Dispatcher:
         self, status: int, x: Float32Array, topk_idx: Int32Array, event: Event, deadline: Deadline
     ) -> int:
         """Go on after a dispatch that did not end at once: raise what is wrong, or wait longer."""
-        if status == _REFUSED:
+        if status == REFUSED:
             self._refuse_input(x, topk_idx, event)
         return self._finish(status, event, deadline)
 
@@ -187,13 +179,14 @@ class Dispatcher:
         return status
 
     def _stage(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> None:
-        """Steps 1 of a dispatch alone; `_announce` and `_finish` are the others."""
+        """Step 1 of a dispatch alone; tests stop here."""
         self._check_input(x, topk_idx, event)
-        self._connect(event.pack())
+        self._members.connect(event.pack())
         if self._native.stage(event, x, topk_idx) < 0:
             self._refuse_input(x, topk_idx, event)
 
     def _announce(self, event: Event) -> None:
+        """Step 2 alone."""
         self._native.announce(event.microbatch)
 
     def _refuse_input(self, x: Float32Array, topk_idx: Int32Array, event: Event) -> None:
@@ -210,29 +203,13 @@ class Dispatcher:
         event_id, num_tokens = event.pack(), x.shape[0]
         if num_tokens > shape.max_tokens:
             text = f"{num_tokens} tokens exceed max_tokens={shape.max_tokens}"
-            raise Truncated(text, rank=self._name, peer="group", event_id=event_id)
+            raise Truncated(text, rank=self._members.name, peer="group", event_id=event_id)
         if x.shape[1] != shape.hidden or topk_idx.shape != (num_tokens, shape.top_k):
             raise ValueError(
                 f"x{list(x.shape)}, topk_idx{list(topk_idx.shape)} must be [n, {shape.hidden}] and [n, {shape.top_k}]"
             )
         if event.microbatch >= shape.num_microbatches:
             raise ValueError(f"event.microbatch: {event.microbatch} must be below {shape.num_microbatches}")
-
-    def _connect(self, event_id: int) -> None:
-        version = self._table.version
-        if version == self._version:
-            return
-        for index, rank in enumerate(self._ranks):
-            known = self._connected[index]
-            if index == self._rank or (known and known == self._table.incarnation(rank)):
-                continue
-            segment = self._table.segment(rank, asker=self._name, event_id=event_id)
-            try:
-                self._native.set_peer(index, segment.buf, segment.incarnation, *self._areas(segment))
-            except ValueError as error:
-                raise self._corrupt(str(error), index, event_id) from error
-            self._connected[index] = segment.incarnation
-        self._version = version
 
     # ------------------------------------------------------------------ combine
 
@@ -268,7 +245,7 @@ class Dispatcher:
             out = np.empty((handle.num_tokens, self._shape.hidden), np.float32)
         microbatch, event_id = handle.event.microbatch, handle.event_id
         status = self._native.combine(microbatch, event_id, y, topk_weights, out, deadline.at_ns)
-        if status == _REFUSED:
+        if status == REFUSED:
             self._refuse_answer(y, topk_weights, handle, out)
         try:
             while status < 0:
@@ -295,37 +272,8 @@ class Dispatcher:
             raise ValueError("out: must be writable")
         raise ValueError(f"handle: event {handle.event_id:#x} is not the open exchange of its microbatch")
 
-    # ------------------------------------------------------------------ waiting
-
     def _judge(self, status: int, microbatch: int, event_id: int, deadline: Deadline) -> None:
-        """Raise what a status means, if it means an error."""
-        states = self._native.states(microbatch)
-        if status == _WAITING:
-            self._check_peers([r for r, s in enumerate(states) if s == _RANK_AWAITED], event_id, deadline)
-        elif status == _MOVED_ON:
-            names = self._names([r for r, s in enumerate(states) if s == _RANK_MOVED_ON])
-            raise EventMismatch("moved on to a later event", rank=self._name, peer=names, event_id=event_id)
-        else:
-            text = "its counts, row numbers or places are outside the agreed shape"
-            raise self._corrupt(text, self._native.culprit, event_id)
-
-    def _check_peers(self, awaited: list[int], event_id: int, deadline: Deadline) -> None:
-        dead = [r for r in awaited if not self._alive(r)]
-        if dead:
-            raise PeerDied("process has ended", rank=self._name, peer=self._names(dead), event_id=event_id)
-        if deadline.expired():
-            silent = self._names(awaited)
-            raise PeerStalled("silent until the deadline", rank=self._name, peer=silent, event_id=event_id)
-
-    def _alive(self, index: int) -> bool:
-        rank = self._ranks[index]
-        return self._table.incarnation(rank) == self._connected[index] and self._table.alive(rank)
-
-    def _names(self, indices: list[int]) -> str:
-        return ",".join(str(self._ranks[r]) for r in indices)
-
-    def _corrupt(self, text: str, peer: int, event_id: int) -> SegmentCorrupt:
-        return SegmentCorrupt(text, rank=self._name, peer=str(self._ranks[peer]), event_id=event_id)
+        self._members.judge(status, self._native.states(microbatch), event_id, deadline)
 
     # ------------------------------------------------------------------ the rest
 
@@ -340,8 +288,7 @@ class Dispatcher:
     def close(self) -> None:
         """Let go of all mappings. The segment and the table stay the caller's."""
         self._batches = []
-        for index in range(self._shape.num_ranks):
-            self._native.drop_peer(index)
+        self._members.close()
 
 
 def _page_aligned(size: tuple[int, int]) -> Float32Array:

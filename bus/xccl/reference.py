@@ -128,6 +128,23 @@ def dispatch_combine(
     return outs
 
 
+def all_to_all(
+    arrays: Sequence[npt.NDArray[Any]], counts: Sequence[npt.NDArray[np.int64]]
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
+    """Return (rows, counts) that each rank's `exchange` must yield (twin of `bus.xccl.alltoall`).
+
+    Args:
+        arrays: per rank [num_rows, ...], all of one dtype and row shape.
+        counts: per rank [num_ranks] int64: its next counts[r] rows are for rank r.
+    """
+    pieces = [np.split(a, np.cumsum(c)[:-1]) for a, c in zip(arrays, counts, strict=True)]
+    results = []
+    for rank in range(len(arrays)):
+        mine = [given[rank] for given in pieces]
+        results.append((np.concatenate(mine), np.array([len(piece) for piece in mine], np.int64)))
+    return results
+
+
 class P2pReference:
     """Point-to-point in one process (twin of `bus.xccl.p2p.P2p`): a mailbox per sender and receiver.
 

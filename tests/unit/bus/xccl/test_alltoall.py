@@ -1,0 +1,231 @@
+"""The plain all-to-all in one process: forms, contracts, late and lost peers, impossible words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+import numpy as np
+import pytest
+
+from bus.clock import Deadline
+from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, Truncated
+from bus.memory import _native
+from bus.xccl.alltoall import AllToAllShape
+from bus.xccl.event import Event
+from bus.xccl.reference import all_to_all
+from tests.harness.alltoall_world import AllToAllWorld
+
+SHAPE = AllToAllShape(num_ranks=3, stage_bytes=4096, area_bytes=8192)
+
+
+@pytest.fixture
+def world() -> Iterator[AllToAllWorld]:
+    with AllToAllWorld(SHAPE) as world:
+        yield world
+
+
+def soon() -> Deadline:
+    return Deadline.after_ms(40)
+
+
+def later() -> Deadline:
+    return Deadline.after_ms(20_000)
+
+
+def payload(rank: int, counts: list[int]) -> np.ndarray:
+    """Rows that say from whom, to whom, and which."""
+    return np.array([(rank, to, i) for to, n in enumerate(counts) for i in range(n)], np.int32).reshape(-1, 3)
+
+
+COUNTS = [[1, 0, 2], [3, 1, 0], [0, 0, 0]]
+
+
+def test_every_rank_gets_its_rows_in_order_of_the_giver(world: AllToAllWorld) -> None:
+    def one(rank: int) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.array(COUNTS[rank], np.int64)
+        return world.ranks[rank].exchange(
+            payload(rank, COUNTS[rank]), counts, event=Event(1, 0), deadline=later()
+        )
+
+    results = world.each(one)
+    assert results[0][0].tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 0, 2]]
+    assert results[1][0].tolist() == [[1, 1, 0]]
+    assert results[2][0].tolist() == [[0, 2, 0], [0, 2, 1]]
+    assert [counts.tolist() for _, counts in results] == [[1, 3, 0], [0, 1, 0], [2, 0, 0]]
+
+
+def test_nothing_for_anybody_is_normal(world: AllToAllWorld) -> None:
+    for step in range(1, 4):
+        none = np.zeros((0, 5), np.float32)
+        event = Event(step, 0)
+        for rows, counts in world.each(
+            lambda r: world.ranks[r].exchange(none, np.zeros(3, np.int64), event=event, deadline=later())  # noqa: B023
+        ):
+            assert rows.shape == (0, 5) and counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("in_area", [False, True])
+def test_the_fixed_form_transposes(world: AllToAllWorld, in_area: bool) -> None:
+    def one(rank: int, event: Event) -> np.ndarray:
+        array = world.ranks[rank].area((3, 4), np.uint16) if in_area else np.empty((3, 4), np.uint16)
+        array[:] = 1000 * event.step + 100 * rank + 10 * np.arange(3)[:, None] + np.arange(4)
+        result = world.ranks[rank].exchange_fixed(array, event=event, deadline=later())
+        array[:] = 0xFFFF  # may be reused after return
+        return result
+
+    for step in range(1, 6):
+        event = Event(step, 0)
+        for rank, result in enumerate(world.each(lambda r: one(r, event))):  # noqa: B023
+            expected = 1000 * step + 100 * np.arange(3)[:, None] + 10 * rank + np.arange(4)
+            assert np.array_equal(result, expected)
+    staged = [side.stats()["bytes_staged"] for side in world.ranks]
+    assert staged == [0 if in_area else 5 * 2 * 8] * 3
+
+
+def test_parts_may_lie_anywhere(world: AllToAllWorld) -> None:
+    def one(rank: int) -> list[np.ndarray]:
+        side = world.ranks[rank]
+        parts = [np.full((to, 2), 10 * rank + to, np.complex64) for to in range(3)]
+        parts[2] = side.area((2, 2), np.complex64, offset=64)
+        parts[2][:] = 10 * rank + 2
+        return side.exchange_parts(parts, event=Event(1, 0), deadline=later())
+
+    for rank, parts in enumerate(world.each(one)):
+        assert [p.shape for p in parts] == [(rank, 2)] * 3
+        assert all((part == 10 * giver + rank).all() for giver, part in enumerate(parts))
+
+
+def test_out_is_filled_and_may_be_larger(world: AllToAllWorld) -> None:
+    outs = [np.full((9, 3), -1, np.int32) for _ in range(3)]
+
+    def one(rank: int) -> np.ndarray:
+        array, counts = payload(rank, COUNTS[rank]), np.array(COUNTS[rank], np.int64)
+        return world.ranks[rank].exchange(array, counts, event=Event(1, 0), deadline=later(), out=outs[rank])[
+            0
+        ]
+
+    expected = all_to_all([payload(r, c) for r, c in enumerate(COUNTS)], [np.array(c) for c in COUNTS])
+    for rows, out, (twin, _) in zip(world.each(one), outs, expected, strict=True):
+        assert np.array_equal(rows, twin) and np.shares_memory(rows, out)
+        assert (out[len(rows) :] == -1).all()
+
+
+def test_out_that_is_too_small_is_refused_and_the_next_exchange_works(world: AllToAllWorld) -> None:
+    def one(rank: int, step: int) -> np.ndarray:
+        small = np.empty((1, 3), np.int32) if rank == 0 and step == 1 else None
+        array, counts = payload(rank, COUNTS[rank]), np.array(COUNTS[rank], np.int64)
+        event = Event(step, 0)
+        return world.ranks[rank].exchange(array, counts, event=event, deadline=later(), out=small)[0]
+
+    futures = [world.pool.submit(one, rank, 1) for rank in range(3)]
+    with pytest.raises(Truncated, match="4 rows come, out has 1"):
+        futures[0].result(30)
+    for future in futures[1:]:  # they may have had their rows, or not
+        assert future.exception(30) is None or isinstance(future.exception(), EventMismatch | PeerStalled)
+    assert len(world.each(lambda rank: one(rank, 2))[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("array", "counts", "error", "text"),
+    [
+        (np.zeros((3, 2)), np.array([1, 1, 2]), ValueError, "add up"),
+        (np.zeros((3, 2)), np.array([4, -1, 0]), ValueError, "must not be negative"),
+        (np.zeros((3, 2)), np.array([1, 1, 0]), ValueError, "add up"),
+        (np.zeros((3, 2)), np.array([2**62, 2**62, 3]), ValueError, "add up"),
+        (np.zeros((3, 2)), np.array([1, 2]), ValueError, r"must be int64\[3\]"),
+        (np.zeros((3, 2)), np.array([1, 1, 1], np.int32), ValueError, r"must be int64\[3\]"),
+        (np.zeros((3, 0)), np.array([1, 1, 1]), ValueError, "have no bytes"),
+        (np.zeros((3, 4))[:, ::2], np.array([1, 1, 1]), ValueError, "C-contiguous"),
+        (np.array([object()] * 3), np.array([1, 1, 1]), ValueError, "rows of numbers"),
+        (np.zeros((9, 1024)), np.array([3, 3, 3]), Truncated, "exceeds stage_bytes=4096"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_sent(
+    world: AllToAllWorld, array: np.ndarray, counts: np.ndarray, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        world.ranks[0].exchange(array, counts, event=Event(1, 0), deadline=soon())
+    assert world.ranks[0].stats()["cell_writes"] == 0
+
+
+def test_the_area_has_an_end(world: AllToAllWorld) -> None:
+    with pytest.raises(IndexError, match="leaves 8192 bytes"):
+        world.ranks[0].area((1025,), np.float64)
+
+
+def test_the_silent_and_the_dead_are_named(world: AllToAllWorld) -> None:
+    array = np.zeros((3, 1))
+    with pytest.raises(PeerStalled, match="peer expert-1,expert-2,"):
+        world.ranks[0].exchange_fixed(array, event=Event(1, 0), deadline=soon())
+    world.segments[1].close()
+    with pytest.raises(PeerDied, match="peer expert-1,"):
+        world.ranks[0].exchange_fixed(array, event=Event(2, 0), deadline=later())
+    assert world.ranks[0].stats()["failures"] == 2
+
+
+def test_a_rank_that_gave_up_is_not_waited_for(world: AllToAllWorld) -> None:
+    array = np.zeros((3, 1))
+    for step in (1, 2):
+        with pytest.raises(PeerStalled):
+            world.ranks[1].exchange_fixed(array, event=Event(step, 0), deadline=soon())
+    # What it had announced was taken back, so nobody pulls what it may overwrite.
+    with pytest.raises(PeerStalled, match="expert-1,expert-2"):
+        world.ranks[0].exchange_fixed(array, event=Event(1, 0), deadline=soon())
+
+
+def announce(world: AllToAllWorld, rank: int, event: Event, place: int, size: int) -> None:
+    """What `rank` says to rank 0."""
+    own = world.segments[0]
+    _native.write_cell(own.buf, own.cell_offset(3 * rank), 1 << 40 | 99, event.pack(), place, size)
+
+
+HALVES = 2 * SHAPE.half_bytes
+
+
+@pytest.mark.parametrize(
+    ("place", "size"),
+    [
+        (0, 4),
+        (HALVES + 8192, 8),
+        (HALVES + 8185, 8),
+        (2**63 - 8, 16),
+        (0, 2**64 - 8),
+        (0, 2**63),
+        (2**62, 2**62),
+    ],
+)
+def test_an_impossible_piece_raises(world: AllToAllWorld, place: int, size: int) -> None:
+    announce(world, 1, Event(1, 0), place, size)
+    announce(world, 2, Event(1, 0), 0, 8)
+    with pytest.raises(SegmentCorrupt, match="expert-1"):
+        world.ranks[0].exchange_fixed(np.zeros((3, 1)), event=Event(1, 0), deadline=soon())
+
+
+def test_another_number_of_parts_raises(world: AllToAllWorld) -> None:
+    announce(world, 1, Event(1, 0), 0, 16)
+    announce(world, 2, Event(1, 0), 0, 8)
+    with pytest.raises(SegmentCorrupt, match=r"expert-1.*|gave \[1, 2, 1\]"):
+        world.ranks[0].exchange_fixed(np.zeros((3, 1)), event=Event(1, 0), deadline=soon())
+
+
+def test_no_cell_makes_an_exchange_touch_what_it_should_not(world: AllToAllWorld) -> None:
+    """Fuzz: any places and sizes. They raise, or bytes within the segment arrive."""
+    random, outcomes = Random(4), set()
+    edges = [0, 1, 8, 4096, SHAPE.half_bytes, HALVES, HALVES + 8192, 2**31, 2**63, 2**64 - 8]
+    for step in range(1, 400):
+        for rank in (1, 2):
+            place = random.choice(edges) ^ random.choice([0, 8])
+            size = random.choice(edges) if random.random() < 0.4 else random.randrange(5) * 8
+            own = world.segments[0]
+            for lane in range(3):
+                cell = own.cell_offset(3 * rank + lane)
+                _native.write_cell(own.buf, cell, 1 << 40 | step, Event(step, 0).pack(), place, size)
+        try:
+            world.ranks[0].exchange(
+                np.zeros(3), np.array([1, 1, 1]), event=Event(step, 0), deadline=Deadline.after_ms(0)
+            )
+            outcomes.add("whole")
+        except (SegmentCorrupt, PeerStalled, EventMismatch, MemoryError) as error:
+            outcomes.add(type(error).__name__)
+    assert outcomes >= {"whole", "SegmentCorrupt"}
