@@ -174,9 +174,6 @@ class Checkpoint:
         if not isinstance(quantization, Fp8Config if stored.dtype == E4M3 else Int8Config):
             rule = "config.json has no quantization_config that says how to read it"
             raise ConfigError(f"{stored.path}: tensor {spec.name} is {stored.dtype}: {rule}")
-        if not spec.quantisable:
-            rule = "only projections of attention and of MLPs may be; supported are F32, F16, BF16"
-            raise ConfigError(f"{stored.path}: tensor {spec.name} is {stored.dtype}: {rule}")
         shape = (spec.shape[0], 1)
         if isinstance(quantization, Fp8Config):
             shape = scale_shape(spec.shape, quantization.block_rows, quantization.block_columns)
@@ -186,10 +183,10 @@ class Checkpoint:
         stored = self.tensors.get(spec.name)
         if stored is None:
             raise ConfigError(f"{self.folder}: tensor {spec.name} is missing")
-        if stored.dtype not in NUMPY_DTYPES:
-            supported = ", ".join(NUMPY_DTYPES)
+        supported = [dtype for dtype in NUMPY_DTYPES if spec.quantisable or dtype not in SCALE_SUFFIXES]
+        if stored.dtype not in supported:
             raise ConfigError(
-                f"{stored.path}: tensor {spec.name} is {stored.dtype}; supported are {supported}"
+                f"{stored.path}: tensor {spec.name} is {stored.dtype}; supported are {', '.join(supported)}"
             )
         shape = stored.shape if spec.index is None else stored.shape[1:]
         if shape != spec.shape or (spec.index is not None and spec.index >= stored.shape[0]):

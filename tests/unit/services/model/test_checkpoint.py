@@ -149,11 +149,15 @@ def test_eight_bit_matrices_come_with_their_factors(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"a\.weight is F8_E4M3: config\.json has no quantization_config"):
         Checkpoint.open(tmp_path).load([spec])
-    with pytest.raises(ConfigError, match=r"a\.weight is F8_E4M3: only projections"):
+    with pytest.raises(ConfigError, match=r"a\.weight is F8_E4M3; supported are F32, F16, BF16$"):
         checkpoint.load([TensorSpec("a.weight", (3, 5))])
     wide = Fp8Config(block_rows=2, block_columns=2)
     with pytest.raises(ConfigError, match=r"_scale_inv has shape \[2, 2\], config\.json says \[2, 3\]"):
         Checkpoint.open(tmp_path, wide).load([spec])
+    eight_bit_factors = {"a.weight": values, "a.weight_scale_inv": np.zeros((2, 2), dtype=np.uint8)}
+    write(tmp_path / "model.safetensors", eight_bit_factors)
+    with pytest.raises(ConfigError, match=r"a\.weight_scale_inv is F8_E4M3; supported are F32, F16, BF16$"):
+        Checkpoint.open(tmp_path, BLOCKS).load([spec])
     write(tmp_path / "model.safetensors", {"a.weight": values})
     with pytest.raises(ConfigError, match=r"tensor a\.weight_scale_inv is missing"):
         Checkpoint.open(tmp_path, BLOCKS).check(spec)
@@ -253,7 +257,7 @@ def test_int8_matrices_come_with_a_factor_per_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(matrix.widen(), q * scale)
     with pytest.raises(ConfigError, match=r"a\.weight is I8: config\.json has no quantization_config"):
         Checkpoint.open(tmp_path, BLOCKS).load([spec])
-    with pytest.raises(ConfigError, match=r"a\.weight is I8: only projections"):
+    with pytest.raises(ConfigError, match=r"a\.weight is I8; supported are F32, F16, BF16$"):
         checkpoint.load([TensorSpec("a.weight", (3, 4))])
     write(tmp_path / "model.safetensors", {"a.weight": q, "a.weight_scale": scale[:2]})
     with pytest.raises(ConfigError, match=r"a\.weight_scale has shape \[2, 1\]"):

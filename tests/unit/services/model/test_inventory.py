@@ -92,7 +92,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
             "qwen3_moe",
             lambda t: t.update({"model.norm.weight": np.zeros(36, dtype=np.int64)}),
             {},
-            "tensor model.norm.weight is I64; supported are F32, F16, BF16, F8_E4M3",
+            "tensor model.norm.weight is I64; supported are F32, F16, BF16",
         ),
         (
             "glm4_moe",
