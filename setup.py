@@ -11,13 +11,19 @@ setup(
     ext_modules=[
         Extension(
             "bus.memory._native",
-            [f"bus/memory/_native{part}.c" for part in ("", "_link", "_send", "_recv", "_bench")],
+            [
+                f"bus/memory/_native{part}.c"
+                for part in ("", "_lanes", "_link", "_reach", "_send", "_recv", "_bench")
+            ],
             depends=[*SHARED, "bus/memory/_native_link.h"],
             extra_compile_args=COMPILE_ARGS,
         ),
         Extension(
             "bus.memory._collectives",
-            [f"bus/memory/_collectives{part}.c" for part in ("", "_rows", "_group", "_exchange", "_pull", "_alltoall")],
+            [
+                f"bus/memory/_collectives{part}.c"
+                for part in ("", "_rows", "_group", "_exchange", "_pull", "_alltoall")
+            ],
             depends=[*SHARED, *map(str, Path("bus/memory").glob("_collectives*.h"))],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],

@@ -59,6 +59,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     poll_interval_ms: int = 20  # how often a sleeping waiter looks at its peers' owner locks
     stall_timeout_ms: int = 10_000  # a living peer that is silent for so long has stalled
     peer_wait_timeout_ms: int = 60_000  # how long a step waits for a dead peer's next incarnation
+    num_lanes: int = 1  # threads that share the copy of a large array
     shared_bytes_max: int = 4 * 1024**3  # sum of all segments of the pod
     route_costs_ns: str = ""  # what A2E/E2A costs (bus/xccl/cost.py); "" = never through trampolines
 

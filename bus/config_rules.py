@@ -30,6 +30,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "xccl.poll_interval_ms": (1, 1_000),
     "xccl.stall_timeout_ms": _MS,
     "xccl.peer_wait_timeout_ms": _MS,
+    "xccl.num_lanes": (1, 64),
     "xccl.shared_bytes_max": (1 << 20, 1 << 50),
     "heartbeat.interval_ms": (10, 60_000),
     "heartbeat.hang_timeout_ms": _MS,

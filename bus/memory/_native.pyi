@@ -65,6 +65,9 @@ def write_cell(buf: Buffer, offset: int, w0: int, w1: int, w2: int, w3: int, /) 
 def read_cell(buf: Buffer, offset: int, /) -> tuple[int, int, int, int] | None:
     """Return a consistent copy of the cell; None when it is empty (`w0` = 0) or being written."""
 
+def read_memory(pid: int, address: int, out: Buffer, /) -> None:
+    """Fill `out` from another process's memory. OSError: there is no such process or range, or it may not be read."""
+
 def copy(dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, num_bytes: int, /) -> None:
     """Copy bytes; overlapping ranges behave like memmove. Releases the GIL from 16 KiB on."""
 
@@ -131,6 +134,10 @@ class _LinkEnd:
     def num_sleeps(self) -> int:
         """Sleeps in the kernel."""
 
+    @property
+    def num_lane_blocks(self) -> int:
+        """Blocks of large arrays that other lanes than the calling thread copied."""
+
     def _open(
         self,
         own: Buffer,
@@ -149,10 +156,12 @@ class _LinkEnd:
         peer_app: tuple[int, int],
         pull_bytes_min: int,
         message_bytes_max: int,
+        read_bytes_min: int,
         poll_ns: int,
         pause_rounds: int,
         yield_ns: int,
         may_sleep: bool,
+        copy_lanes: int,
     ) -> None:
         """Begin, or begin again, on two mappings. ValueError if an offset is outside them."""
 

@@ -102,17 +102,17 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
 {
     static char *names[] = {"own",       "peer",          "ring_offset", "num_slots",   "slot_bytes",
                             "out_cell",  "in_cell",       "own_bell",    "peer_bell",   "incarnation",
-                            "peer_incarnation", "own_app", "peer_app",   "pull_bytes_min", "message_bytes_max",
-                            "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   NULL};
+                            "peer_incarnation", "own_app", "peer_app",   "pull_bytes_min", "message_bytes_max", "read_bytes_min",
+                            "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   "copy_lanes",        NULL};
     PyObject *own, *peer;
     unsigned long long ring, num_slots, slot_bytes, out_cell, in_cell, own_bell, peer_bell, mine, theirs;
-    unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max;
+    unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max, read_min;
     long long poll_ns, yield_ns;
-    int pause_rounds, may_sleep;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKLiLp", names, &own, &peer, &ring, &num_slots,
+    int pause_rounds, may_sleep, num_lanes;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKKLiLpi", names, &own, &peer, &ring, &num_slots,
                                      &slot_bytes, &out_cell, &in_cell, &own_bell, &peer_bell, &mine, &theirs, &own_low,
-                                     &own_high, &peer_low, &peer_high, &pull_min, &message_max, &poll_ns, &pause_rounds,
-                                     &yield_ns, &may_sleep)) {
+                                     &own_high, &peer_low, &peer_high, &pull_min, &message_max, &read_min, &poll_ns, &pause_rounds,
+                                     &yield_ns, &may_sleep, &num_lanes)) {
         return -1;
     }
     if (end->is_busy) {
@@ -120,9 +120,10 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
         return -1;
     }
     if (num_slots < 1 || num_slots > NUM_SLOTS_MAX || slot_bytes < SLOT_BYTES_MIN || slot_bytes > SLOT_BYTES_MAX ||
-        poll_ns < 1 || yield_ns < 0 || pause_rounds < 0 || message_max > PY_SSIZE_T_MAX) {
-        PyErr_Format(PyExc_ValueError, "link: %llu slots of %llu bytes, poll %lld, yield %lld, pause %d", num_slots,
-                     slot_bytes, poll_ns, yield_ns, pause_rounds);
+        poll_ns < 1 || yield_ns < 0 || pause_rounds < 0 || message_max > PY_SSIZE_T_MAX || num_lanes < 1 ||
+        num_lanes > NUM_LANES_MAX) {
+        PyErr_Format(PyExc_ValueError, "link: %llu slots of %llu bytes, poll %lld, yield %lld, pause %d, %d lanes",
+                     num_slots, slot_bytes, poll_ns, yield_ns, pause_rounds, num_lanes);
         return -1;
     }
     Py_buffer own_view, peer_view;
@@ -136,8 +137,8 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     Py_buffer *ring_view = is_sender ? &peer_view : &own_view;
     uint64_t stride = RECORD_BYTES + (slot_bytes + 63) / 64 * 64;
     if (check_range("ring", ring, SLOTS_OFFSET + num_slots * stride, ring_view->len, 8) < 0 ||
-        check_range("out_cell", out_cell, CELL_BYTES, peer_view.len, CELL_BYTES) < 0 ||
-        check_range("in_cell", in_cell, CELL_BYTES, own_view.len, CELL_BYTES) < 0 ||
+        check_range("out_cell", out_cell, 2 * CELL_BYTES, peer_view.len, CELL_BYTES) < 0 ||
+        check_range("in_cell", in_cell, 2 * CELL_BYTES, own_view.len, CELL_BYTES) < 0 ||
         check_range("own_bell", own_bell, 8, own_view.len, 8) < 0 ||
         check_range("peer_bell", peer_bell, 8, peer_view.len, 8) < 0 || own_low > own_high || peer_low > peer_high ||
         check_range("own_app", own_low, own_high - own_low, own_view.len, 1) < 0 ||
@@ -168,14 +169,21 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->peer_low = peer_low;
     end->peer_high = peer_high;
     end->pull_bytes_min = pull_min;
+    end->read_bytes_min = read_min;
     end->message_bytes_max = message_max;
     end->poll_ns = poll_ns;
     end->pause_rounds = pause_rounds;
     end->yield_ns = yield_ns;
     end->may_sleep = may_sleep;
-    end->pause = end->long_pause = end->yield = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->num_lanes = num_lanes;
+    end->pause = end->long_pause = end->yield = end->lanes = (Habit){SCORE_MAX, PROBE_MIN, 0};
     end->is_open = 1;
     resume(end, is_sender);
+    end->offer_word = 0;
+    end->peer_pid = 0;
+    if (is_sender) {
+        link_offer(end);
+    }
     return 0;
 }
 
@@ -242,8 +250,8 @@ link_enter(LinkEnd *end, uint64_t event_id, PyObject *deadline)
     return 0;
 }
 
-int
-link_deadline(PyObject *object, int64_t *out)
+static int
+parse_deadline(PyObject *object, int64_t *out)
 {
     PyObject *value = PyObject_GetAttr(object, name_at_ns);
     if (value == NULL) {
@@ -256,6 +264,17 @@ link_deadline(PyObject *object, int64_t *out)
     }
     *out = at < 0 ? 0 : at;
     return 0;
+}
+
+/* Check the number of arguments and read the event id and the deadline, which stand at `at` and after it. */
+int
+link_arguments(const char *name, PyObject *const *args, Py_ssize_t nargs, Py_ssize_t wanted, Py_ssize_t at,
+               uint64_t *event_id, int64_t *deadline)
+{
+    if (check_count(name, nargs, wanted) < 0 || parse_unsigned(args[at], "event_id", UINT64_MAX, event_id) < 0) {
+        return -1;
+    }
+    return parse_deadline(args[at + 1], deadline);
 }
 
 /* The array's dtype as NumPy writes it ("<f4"), NUL-padded to 4 characters; remembered by identity. */
@@ -297,6 +316,30 @@ link_dtype_code(LinkEnd *end, PyObject *array, char *code)
     return is_plain ? 0 : -1;
 }
 
+/* ---------------------------------------------------------------- habits and copies */
+
+/* Note that a way was tried at the count `now`, and whether it won. */
+static void
+learn(Habit *habit, uint64_t now, int won)
+{
+    if (won) {
+        habit->score += (SCORE_MAX - habit->score) / 8;
+        habit->interval = PROBE_MIN;
+        return;
+    }
+    habit->score -= habit->score / 8;
+    if (habit->score < SCORE_LOW) {
+        habit->probe_at = now + habit->interval;
+        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
+    }
+}
+
+static inline int
+pays(const Habit *habit, uint64_t now)
+{
+    return habit->score >= SCORE_LOW || now >= habit->probe_at;
+}
+
 /* Copy between a private buffer and a segment; long copies release the GIL. */
 void
 link_copy(char *dst, const char *src, uint64_t size)
@@ -308,6 +351,28 @@ link_copy(char *dst, const char *src, uint64_t size)
     Py_BEGIN_ALLOW_THREADS
     copy_bytes(dst, src, (Py_ssize_t)size);
     Py_END_ALLOW_THREADS
+}
+
+/* Copy a whole array, in several lanes while those get to run. -1: errno is set. */
+int
+link_copy_job(LinkEnd *end, const CopyJob *job)
+{
+    uintptr_t distance = (uintptr_t)job->dst - (uintptr_t)job->src;
+    int may_overlap = job->pid == 0 && (distance < job->size || -distance < job->size); /* a put, within an app area */
+    int is_shared = end->num_lanes > 1 && !may_overlap && job->size >= 2 * LANE_BLOCK_BYTES &&
+                    pays(&end->lanes, ++end->num_long_copies);
+    uint32_t num_blocks = 0, num_helped = 0;
+    int outcome, error;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = is_shared ? lanes_copy(job, end->num_lanes, &num_blocks, &num_helped) : copy_part(job, 0, job->size);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    end->num_lane_blocks += num_helped;
+    if (is_shared) {
+        learn(&end->lanes, end->num_long_copies, num_helped * 8 >= num_blocks);
+    }
+    errno = error;
+    return outcome;
 }
 
 /* ---------------------------------------------------------------- methods of both */
@@ -382,43 +447,22 @@ link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
 
 /* ---------------------------------------------------------------- waiting */
 
-static void
-learn(const LinkEnd *end, Habit *habit, int won)
-{
-    if (won) {
-        habit->score += (SCORE_MAX - habit->score) / 8;
-        habit->interval = PROBE_MIN;
-        return;
-    }
-    habit->score -= habit->score / 8;
-    if (habit->score < SCORE_LOW) {
-        habit->probe_at = end->num_waits + habit->interval;
-        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
-    }
-}
-
-static inline int
-pays(const LinkEnd *end, const Habit *habit)
-{
-    return habit->score >= SCORE_LOW || end->num_waits >= habit->probe_at;
-}
-
 /* Poll without giving the core away: wins when the peer runs on another core and is quick. */
 static int
 pause_for_news(LinkEnd *end, int rounds, Habit *habit)
 {
-    if (rounds == 0 || !pays(end, habit)) {
+    if (rounds == 0 || !pays(habit, end->num_waits)) {
         return 0;
     }
     for (int round = 0; round < rounds; round++) {
         if (has_news(end)) {
             end->num_pause_wins++;
-            learn(end, habit, 1);
+            learn(habit, end->num_waits, 1);
             return 1;
         }
         cpu_relax();
     }
-    learn(end, habit, 0);
+    learn(habit, end->num_waits, 0);
     return 0;
 }
 
@@ -427,7 +471,7 @@ pause_for_news(LinkEnd *end, int rounds, Habit *habit)
 static int
 yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
 {
-    if (end->yield_ns == 0 || (end->may_sleep && !pays(end, &end->yield))) {
+    if (end->yield_ns == 0 || (end->may_sleep && !pays(&end->yield, end->num_waits))) {
         return 0;
     }
     int64_t until = deadline_after(start, end->yield_ns);
@@ -436,11 +480,11 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
         if (has_news(end)) {
             int won = now_ns() <= until;
             end->num_yield_wins += (unsigned)won;
-            learn(end, &end->yield, won);
+            learn(&end->yield, end->num_waits, won);
             return 1;
         }
         if (now_ns() >= until) {
-            learn(end, &end->yield, 0);
+            learn(&end->yield, end->num_waits, 0);
             return 0;
         }
         if (end->may_sleep || end->pause_rounds == 0) {
@@ -495,6 +539,24 @@ poll_peer(LinkEnd *end, uint64_t event_id)
     }
     Py_DECREF(error);
     return outcome;
+}
+
+/* Raise what is known against the peer's life: -1. Otherwise 0. */
+int
+link_check_peer(LinkEnd *end, uint64_t event_id)
+{
+    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
+    PyObject *error = link_call(end, name_poll, event, NULL);
+    Py_XDECREF(event);
+    if (error == NULL) {
+        return -1;
+    }
+    int is_dead = error != Py_None;
+    if (is_dead) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    }
+    Py_DECREF(error);
+    return is_dead ? -1 : 0;
 }
 
 /* Wait until the other side writes its cell. 1: it has; 0: `deadline` passed; -1: a Python error is set. */

@@ -22,8 +22,14 @@
 #define EXTENSION_BYTES 64
 #define PULL_BYTES 8
 #define NUM_PARTS_MAX 65535
+#define NUM_LANES_MAX 64
+#define LANE_BLOCK_BYTES (256 * 1024)
 
-enum { KIND_INLINE = 1, KIND_PULL = 2, KIND_PUT = 3 };
+#define READ_BYTES 16 /* a pointer into the sender's memory, then the state of that offer, u32 */
+#define READ_STATE 8
+
+enum { KIND_INLINE = 1, KIND_PULL = 2, KIND_PUT = 3, KIND_READ = 4 };
+enum { OFFERED = 0, TAKEN = 1, WITHDRAWN = 2 }; /* states of what is offered for reading */
 enum { STALLED = 0, CORRUPT = 1, MISMATCH = 2 }; /* kinds of error, see `_error` of bus/xccl/channel.py */
 
 typedef struct {
@@ -65,7 +71,7 @@ typedef struct {
 typedef struct {
     uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
     uint32_t interval; /* waits between two probes while the score is low */
-    uint64_t probe_at; /* the wait that probes next */
+    uint64_t probe_at; /* the wait, or long copy, that probes next */
 } Habit;
 
 typedef struct {
@@ -90,19 +96,37 @@ typedef struct {
     unsigned long long last_event;
     unsigned long long num_drops, num_drops_seen;
     uint64_t num_unpublished;
-    uint64_t pull_bytes_min, message_bytes_max;
+    uint64_t pull_bytes_min, read_bytes_min, message_bytes_max;
     uint32_t next_chunk;
     Transfer op;
+    uint64_t nonce;        /* sender: drawn when the link opens; receiver: what it read in the sender's memory */
+    int is_readable;       /* sender: the receiver has shown that it reads this process's memory */
+    uint32_t *offer_state; /* sender: of the message that is offered for reading */
+    uint64_t offer_word;   /* receiver: the offer cell that was answered last */
+    uint64_t nonce_at;
+    int peer_pid;          /* receiver: the process that holds the nonce, 0 = its memory is out of reach */
     /* waiting */
     int64_t poll_ns, yield_ns;
     int pause_rounds, may_sleep;
     Habit pause, long_pause, yield;
+    int num_lanes; /* threads that share a long copy */
+    uint64_t num_long_copies;
+    Habit lanes;
     PyObject *dtype; /* the last one seen, and its code */
     char dtype_code[4];
     /* counters */
     unsigned long long num_messages, num_bytes, num_chunks, num_pulled;
-    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps;
+    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps, num_lane_blocks;
 } LinkEnd;
+
+/* A long copy. With a `pid`, `src` is an address in that process, which must hold `nonce` at `nonce_at`. */
+typedef struct {
+    char *dst;
+    const char *src;
+    uint64_t size;
+    int pid;
+    uint64_t nonce, nonce_at;
+} CopyJob;
 
 #define HIDDEN __attribute__((visibility("hidden")))
 
@@ -115,9 +139,17 @@ HIDDEN int link_refresh(LinkEnd *end);
 HIDDEN void link_refuse(LinkEnd *end, uint64_t before);
 HIDDEN int link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3);
 HIDDEN int link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline);
-HIDDEN int link_deadline(PyObject *object, int64_t *out);
+HIDDEN int link_arguments(const char *name, PyObject *const *args, Py_ssize_t nargs, Py_ssize_t wanted, Py_ssize_t at,
+                          uint64_t *event_id, int64_t *deadline);
 HIDDEN int link_dtype_code(LinkEnd *end, PyObject *array, char *code);
 HIDDEN void link_copy(char *dst, const char *src, uint64_t size);
+HIDDEN int link_copy_job(LinkEnd *end, const CopyJob *job);
+HIDDEN int lanes_copy(const CopyJob *what, int num_lanes, uint32_t *num_blocks, uint32_t *num_helped);
+HIDDEN int copy_part(const CopyJob *what, uint64_t at, uint64_t size);
+HIDDEN void link_offer(LinkEnd *end);
+HIDDEN void link_answer(LinkEnd *end);
+HIDDEN int link_is_readable(LinkEnd *end);
+HIDDEN int link_check_peer(LinkEnd *end, uint64_t event_id);
 HIDDEN void link_reset(Transfer *op);
 HIDDEN int link_error(LinkEnd *end, int kind, uint64_t event_id, const char *format, ...);
 HIDDEN PyObject *link_abandon_method(PyObject *self, PyObject *unused);
@@ -126,6 +158,7 @@ HIDDEN PyObject *link_call(LinkEnd *end, PyObject *name, PyObject *argument, PyO
 
 extern HIDDEN PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
 extern HIDDEN PyType_Spec send_end_spec, recv_end_spec;
+HIDDEN PyObject *read_memory(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 static inline void

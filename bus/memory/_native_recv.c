@@ -104,7 +104,7 @@ parse_first(LinkEnd *end, const Record *record, Transfer *op, uint64_t *start)
     uint64_t num_bytes = item_bytes(tag->dtype);
     memset(op->rest, 0, sizeof op->rest);
     *start = 0;
-    if (num_bytes == 0 || tag->num_dims > NUM_DIMS_MAX || tag->kind < KIND_INLINE || tag->kind > KIND_PUT) {
+    if (num_bytes == 0 || tag->num_dims > NUM_DIMS_MAX || tag->kind < KIND_INLINE || tag->kind > KIND_READ) {
         return 0;
     }
     if (tag->num_dims > TAG_DIMS) {
@@ -132,7 +132,13 @@ parse_first(LinkEnd *end, const Record *record, Transfer *op, uint64_t *start)
     if (num_bytes > end->message_bytes_max) {
         return 0;
     }
-    if (tag->kind != KIND_INLINE) {
+    if (tag->kind == KIND_READ) {
+        if (record->num_bytes != *start + READ_BYTES || end->peer_pid == 0) {
+            return 0;
+        }
+        memcpy(&op->offset, payload + *start, PULL_BYTES);
+    }
+    else if (tag->kind != KIND_INLINE) {
         uint64_t low = tag->kind == KIND_PULL ? end->peer_low : end->own_low;
         uint64_t high = tag->kind == KIND_PULL ? end->peer_high : end->own_high;
         if (record->num_bytes != *start + PULL_BYTES) {
@@ -217,6 +223,7 @@ static int
 accept(LinkEnd *end, const Record *record, PyObject *out, uint64_t *start)
 {
     Transfer *op = &end->op;
+    link_answer(end);
     if (!parse_first(end, record, op, start)) {
         return refuse(end, record, op, Py_None);
     }
@@ -253,30 +260,71 @@ accept(LinkEnd *end, const Record *record, PyObject *out, uint64_t *start)
 /* ---------------------------------------------------------------- messages */
 
 static int
-take_chunk(LinkEnd *end, const Record *record, uint64_t start)
+take_inline(LinkEnd *end, const Record *record, uint64_t start)
 {
     Transfer *op = &end->op;
-    char *out = (char *)op->view.buf;
-    if (op->tag.kind == KIND_INLINE) {
-        uint64_t num_bytes = record->num_bytes - start;
-        if (record->num_bytes < start || num_bytes > op->num_bytes - op->num_done ||
-            (num_bytes == 0 && op->num_bytes > op->num_done && record->num_bytes != end->slot_bytes)) {
-            return link_error(end, CORRUPT, op->event_id, "chunk %u has %llu bytes of %llu", record->chunk_id,
-                              (unsigned long long)num_bytes, (unsigned long long)op->num_bytes);
-        }
-        link_copy(out + op->num_done, end->slot + RECORD_BYTES + start, num_bytes);
-        op->num_done += num_bytes;
+    uint64_t num_bytes = record->num_bytes - start;
+    if (record->num_bytes < start || num_bytes > op->num_bytes - op->num_done ||
+        (num_bytes == 0 && op->num_bytes > op->num_done && record->num_bytes != end->slot_bytes)) {
+        return link_error(end, CORRUPT, op->event_id, "chunk %u has %llu bytes of %llu", record->chunk_id,
+                          (unsigned long long)num_bytes, (unsigned long long)op->num_bytes);
+    }
+    link_copy((char *)op->view.buf + op->num_done, end->slot + RECORD_BYTES + start, num_bytes);
+    op->num_done += num_bytes;
+    return DONE;
+}
+
+/* Copy a whole array out of a segment, or out of the sender's memory. LOST: the sender has withdrawn it. */
+static int
+take_whole(LinkEnd *end, uint64_t start)
+{
+    Transfer *op = &end->op;
+    CopyJob job = {.dst = op->view.buf, .size = op->num_bytes};
+    if (op->tag.kind != KIND_READ) {
+        job.src = (const char *)(op->tag.kind == KIND_PULL ? end->peer.buf : end->own.buf) + op->offset;
+        (void)link_copy_job(end, &job);
     }
     else {
-        const Py_buffer *source = op->tag.kind == KIND_PULL ? &end->peer : &end->own;
-        link_copy(out, (const char *)source->buf + op->offset, op->num_bytes);
-        op->num_done = op->num_bytes;
-        end->num_pulled++;
+        uint32_t *state = (uint32_t *)(end->slot + RECORD_BYTES + start + READ_STATE), found = OFFERED;
+        job.src = (const char *)(uintptr_t)op->offset;
+        job.pid = end->peer_pid;
+        job.nonce = end->nonce;
+        job.nonce_at = end->nonce_at;
+        int error = link_copy_job(end, &job) < 0 ? errno : 0;
+        if (error != 0) {
+            found = __atomic_load_n(state, __ATOMIC_ACQUIRE); /* SYNC: read-state */
+        }
+        else {
+            /* Still offered after the last byte was read: the sender has not let go of the array meanwhile. */
+            __atomic_compare_exchange_n(state, &found, TAKEN, 0, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE); /* SYNC: read-state */
+        }
+        if (found == WITHDRAWN) {
+            return LOST;
+        }
+        if (error != 0) {
+            return link_check_peer(end, op->event_id) < 0
+                       ? -1
+                       : link_error(end, CORRUPT, op->event_id, "%llu bytes of the sender's memory: %s",
+                                    (unsigned long long)op->num_bytes, strerror(error));
+        }
     }
-    FAULT("copied-out");
-    release(end);
-    op->chunk_id++;
-    return 0;
+    op->num_done = op->num_bytes;
+    end->num_pulled++;
+    return DONE;
+}
+
+/* Take the record at the head. DONE, -1, or LOST: its sender has withdrawn the message. */
+static int
+take_chunk(LinkEnd *end, const Record *record, uint64_t start)
+{
+    int outcome = end->op.tag.kind == KIND_INLINE ? take_inline(end, record, start) : take_whole(end, start);
+    if (outcome >= 0) {
+        FAULT("copied-out");
+        release(end);
+        end->op.chunk_id++;
+    }
+    return outcome;
 }
 
 /* Take what has arrived, without waiting. DONE: the part is whole; LACKS: more must come; LOST: a later part of
@@ -325,8 +373,17 @@ advance(LinkEnd *end, PyObject *out, uint64_t event_id, int is_first, int parts_
             }
             continue;
         }
-        if (take_chunk(end, &record, start) < 0) {
+        outcome = take_chunk(end, &record, start);
+        if (outcome < 0) {
             return -1;
+        }
+        if (outcome == LOST) {
+            end->num_drops++;
+            link_reset(op);
+            if (!is_first) {
+                return LOST;
+            }
+            continue;
         }
         if (op->num_done == op->num_bytes) {
             end->next_chunk = op->chunk_id;
@@ -393,8 +450,8 @@ recv_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
     int64_t deadline;
-    if (check_count("recv", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[2], &deadline) < 0 || refuse_if_active(end) < 0 || link_enter(end, event_id, args[2]) < 0) {
+    if (link_arguments("recv", args, nargs, 3, 1, &event_id, &deadline) < 0 ||
+        refuse_if_active(end) < 0 || link_enter(end, event_id, args[2]) < 0) {
         return NULL;
     }
     int outcome = recv_whole(end, args[0], event_id, deadline, 1, 0);
@@ -410,8 +467,7 @@ recv_recv_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
     int64_t deadline;
-    if (check_count("recv_part", nargs, 4) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[2], &deadline) < 0) {
+    if (link_arguments("recv_part", args, nargs, 4, 1, &event_id, &deadline) < 0) {
         return NULL;
     }
     int is_first = PyObject_IsTrue(args[3]);
@@ -438,7 +494,8 @@ recv_advance(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
-    if (check_count("advance", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+    int64_t deadline;
+    if (link_arguments("advance", args, nargs, 3, 1, &event_id, &deadline) < 0 ||
         link_enter(end, event_id, args[2]) < 0) {
         return NULL;
     }
@@ -463,8 +520,7 @@ recv_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
     int64_t deadline;
-    if (check_count("wait", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[1], &deadline) < 0 || link_enter(end, event_id, args[1]) < 0) {
+    if (link_arguments("wait", args, nargs, 2, 0, &event_id, &deadline) < 0 || link_enter(end, event_id, args[1]) < 0) {
         return NULL;
     }
     int news = end->position != end->other ? 1 : link_await_news(end, event_id, deadline);
@@ -480,8 +536,9 @@ recv_peek(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id, start;
+    int64_t deadline;
     Record record;
-    if (check_count("peek", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0 ||
+    if (link_arguments("peek", args, nargs, 2, 0, &event_id, &deadline) < 0 ||
         refuse_if_active(end) < 0 || link_enter(end, event_id, args[1]) < 0) {
         return NULL;
     }
@@ -490,8 +547,9 @@ recv_peek(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         end->num_drops++;
         release(end);
     }
-    if (outcome == 1 && !parse_first(end, &record, &end->op, &start)) {
-        outcome = refuse(end, &record, &end->op, Py_None);
+    if (outcome == 1) {
+        link_answer(end);
+        outcome = parse_first(end, &record, &end->op, &start) ? 1 : refuse(end, &record, &end->op, Py_None);
     }
     end->is_busy = 0;
     if (outcome < 0) {
@@ -506,6 +564,9 @@ recv_peek(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     if (op->tag.kind == KIND_INLINE) {
         offset = (uint64_t)(end->slot + RECORD_BYTES + start - (char *)end->own.buf);
         is_whole = is_whole && length == record.num_bytes - start;
+    }
+    else if (op->tag.kind == KIND_READ) {
+        is_whole = 0; /* it is nowhere that this process could look at */
     }
     return Py_BuildValue("(Ky#y#iKKO)", (unsigned long long)record.event_id, (const char *)&record.tag,
                          (Py_ssize_t)sizeof(Tag), (const char *)op->rest, (Py_ssize_t)EXTENSION_BYTES, op->tag.kind,
@@ -572,6 +633,7 @@ static PyMemberDef members[] = {
     COUNTER(num_pause_wins),
     COUNTER(num_yield_wins),
     COUNTER(num_sleeps),
+    COUNTER(num_lane_blocks),
     {NULL, 0, 0, 0, NULL},
 };
 

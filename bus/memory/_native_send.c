@@ -61,9 +61,10 @@ commit(LinkEnd *end, const Tag *tag, uint32_t num_bytes, uint32_t chunk_id, uint
 
 /* ---------------------------------------------------------------- messages */
 
-/* Prepare `op` for `array`; nothing is written yet. */
+/* Prepare `op` for `array`; nothing is written yet. With `may_read` the caller keeps the array as it is until the
+ * message was taken or withdrawn. */
 static int
-begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint32_t chunk_id)
+begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint32_t chunk_id, int may_read)
 {
     Transfer *op = &end->op;
     if (op->is_active) {
@@ -97,6 +98,10 @@ begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint3
         op->tag.kind = KIND_PULL;
         op->offset = at;
     }
+    else if (may_read && op->num_bytes >= end->read_bytes_min && link_is_readable(end)) {
+        op->tag.kind = KIND_READ;
+        op->offset = (uint64_t)(uintptr_t)op->view.buf;
+    }
     op->is_active = op->has_view = 1;
     op->is_begun = 0;
     return 0;
@@ -111,7 +116,7 @@ enter_with(LinkEnd *end, PyObject *array, uint64_t event_id, PyObject *deadline)
         return -1;
     }
     if ((end->is_retired || !end->is_open) && !end->is_busy) {
-        if (begin(end, array, event_id, 0, 0) < 0) {
+        if (begin(end, array, event_id, 0, 0, 0) < 0) {
             return -1;
         }
         link_reset(&end->op);
@@ -141,6 +146,11 @@ push_chunk(LinkEnd *end)
     else {
         memcpy(payload + start, &op->offset, PULL_BYTES);
         num_bytes = PULL_BYTES;
+        if (op->tag.kind == KIND_READ) {
+            end->offer_state = (uint32_t *)(payload + start + READ_STATE);
+            memset(payload + start + READ_STATE, 0, READ_BYTES - READ_STATE); /* OFFERED */
+            num_bytes = READ_BYTES;
+        }
         op->num_done = op->num_bytes;
         end->num_pulled++;
     }
@@ -217,6 +227,18 @@ await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
     return outcome;
 }
 
+/* The call ends, and the caller may change the array: what was offered for reading and not taken is void. */
+static void
+withdraw(LinkEnd *end, int outcome)
+{
+    uint32_t offered = OFFERED;
+    if (end->offer_state != NULL && outcome < 0) {
+        __atomic_compare_exchange_n(end->offer_state, &offered, WITHDRAWN, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE); /* SYNC: read-state */
+    }
+    end->offer_state = NULL;
+}
+
 /* ---------------------------------------------------------------- methods */
 
 static PyObject *
@@ -238,14 +260,15 @@ send_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
     int64_t deadline;
-    if (check_count("send", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[2], &deadline) < 0 || enter_with(end, args[0], event_id, args[2]) < 0) {
+    if (link_arguments("send", args, nargs, 3, 1, &event_id, &deadline) < 0 ||
+        enter_with(end, args[0], event_id, args[2]) < 0) {
         return NULL;
     }
-    int outcome = begin(end, args[0], event_id, 0, 0);
+    int outcome = begin(end, args[0], event_id, 0, 0, 1);
     if (outcome == 0 && (outcome = push_all(end, event_id, deadline)) == 1) {
         outcome = await_taken(end, end->position, event_id, deadline);
     }
+    withdraw(end, outcome);
     return finish(end, outcome);
 }
 
@@ -255,15 +278,15 @@ send_send_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id, num_more;
     int64_t deadline;
-    if (check_count("send_part", nargs, 5) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[2], &deadline) < 0 || parse_unsigned(args[3], "num_more", NUM_PARTS_MAX, &num_more) < 0) {
+    if (link_arguments("send_part", args, nargs, 5, 1, &event_id, &deadline) < 0 ||
+        parse_unsigned(args[3], "num_more", NUM_PARTS_MAX, &num_more) < 0) {
         return NULL;
     }
     int is_first = PyObject_IsTrue(args[4]);
     if (is_first < 0 || enter_with(end, args[0], event_id, args[2]) < 0) {
         return NULL;
     }
-    int outcome = begin(end, args[0], event_id, num_more, is_first ? 0 : end->next_chunk);
+    int outcome = begin(end, args[0], event_id, num_more, is_first ? 0 : end->next_chunk, 0);
     if (outcome == 0 && (outcome = push_all(end, event_id, deadline)) == 1 && num_more == 0) {
         outcome = await_taken(end, end->position, event_id, deadline);
     }
@@ -275,11 +298,12 @@ send_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
-    if (check_count("start", nargs, 3) < 0 || parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+    int64_t deadline;
+    if (link_arguments("start", args, nargs, 3, 1, &event_id, &deadline) < 0 ||
         enter_with(end, args[0], event_id, args[2]) < 0) {
         return NULL;
     }
-    return finish(end, begin(end, args[0], event_id, 0, 0));
+    return finish(end, begin(end, args[0], event_id, 0, 0, 0));
 }
 
 static PyObject *
@@ -319,8 +343,7 @@ send_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
     int64_t deadline;
-    if (check_count("wait", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0 ||
-        link_deadline(args[1], &deadline) < 0) {
+    if (link_arguments("wait", args, nargs, 2, 0, &event_id, &deadline) < 0) {
         return NULL;
     }
     if (end->is_busy || !end->is_open) {
@@ -339,7 +362,8 @@ send_claim(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
     uint64_t event_id;
-    if (check_count("claim", nargs, 2) < 0 || parse_unsigned(args[0], "event_id", UINT64_MAX, &event_id) < 0) {
+    int64_t deadline;
+    if (link_arguments("claim", args, nargs, 2, 0, &event_id, &deadline) < 0) {
         return NULL;
     }
     if (end->op.is_active && !end->is_busy) {
@@ -438,6 +462,7 @@ static PyMemberDef members[] = {
     COUNTER(num_pause_wins),
     COUNTER(num_yield_wins),
     COUNTER(num_sleeps),
+    COUNTER(num_lane_blocks),
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from bus.xccl.handle import RecvHandle, SendHandle
 
 NOW = Deadline(0)
+READ_NEVER = 2**64 - 1
 STALLED, CORRUPT, MISMATCH = 0, 1, 2  # kinds of error, as in _native_link.h
 
 
@@ -51,6 +52,7 @@ class ChannelSettings:
 
     message_bytes_max: int
     pull_bytes_min: int
+    read_bytes_min: int | None
 
 
 class LinkStats(TypedDict):
@@ -64,6 +66,7 @@ class LinkStats(TypedDict):
     num_pause_wins: int
     num_yield_wins: int
     num_sleeps: int
+    num_lane_blocks: int
 
 
 # Loops repeat few shapes: what follows from one is remembered.
@@ -95,6 +98,7 @@ class _Hooks:
 
     def _parameters(self, segment: Segment, offset: int, layout: RingLayout) -> dict[str, Any]:
         endpoint, wait = self._endpoint, self._endpoint.strategy.link_wait
+        read_min = self._settings.read_bytes_min
         return {
             "ring_offset": offset,
             "num_slots": layout.num_slots,
@@ -106,11 +110,13 @@ class _Hooks:
             "own_app": _app_area(endpoint.segment.layout),
             "peer_app": _app_area(segment.layout),
             "pull_bytes_min": max(1, self._settings.pull_bytes_min),
+            "read_bytes_min": READ_NEVER if read_min is None else max(1, read_min),
             "message_bytes_max": self._settings.message_bytes_max,
             "poll_ns": endpoint.config.poll_interval_ms * NS_PER_MS,
             "pause_rounds": wait.pause_rounds,
             "yield_ns": wait.yield_ns,
             "may_sleep": wait.may_sleep,
+            "copy_lanes": endpoint.config.num_lanes,
         }
 
     def _poll(self, event_id: int) -> PeerDied | None:
@@ -141,6 +147,7 @@ def _counters(end: _native.SendEnd | _native.RecvEnd) -> LinkStats:
         num_pause_wins=end.num_pause_wins,
         num_yield_wins=end.num_yield_wins,
         num_sleeps=end.num_sleeps,
+        num_lane_blocks=end.num_lane_blocks,
     )
 
 
@@ -288,7 +295,9 @@ class Receiver(_Hooks, _native.RecvEnd):
         if found_id != event_id:
             raise self._error(MISMATCH, f"the next message is event {found_id:#x}", event_id)
         if not is_whole:
-            raise ValueError("message: it has several records or parts, it cannot be read in place")
+            raise ValueError(
+                "message: it has several records or parts, or lies in the sender's memory: it cannot be read in place"
+            )
         assert self.segment is not None
         segment = self.segment if kind == PULL else self._endpoint.segment
         header = _parse(tag, extension, self._settings.message_bytes_max)

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from bus.clock import Deadline
 from bus.errors import EventMismatch, SegmentCorrupt
 from bus.memory import _native
+from bus.memory.layout import CELL_USED_BYTES
 from bus.memory.ring import Consumer, Producer, Record, RingLayout
 from bus.memory.segment import Segment
 from bus.xccl.endpoint import (
@@ -45,10 +46,16 @@ from bus.xccl.endpoint import (
 from bus.xccl.message import (
     EXTENSION_BYTES,
     INLINE,
+    OFFER,
+    OFFER_STATE,
+    OFFERED,
     POINTER,
     PULL,
+    READ,
     SLOT_BYTES_MIN,
     TAG_DIMS,
+    TAKEN,
+    WITHDRAWN,
     MessageHeader,
     check_array,
     check_out,
@@ -215,6 +222,7 @@ class Incoming:
         self._peer = peer
         self.segment = segment
         data_offset = endpoint.cell_from(peer, P2P_DATA_LANE)
+        self._offer_offset = data_offset + CELL_USED_BYTES
         data = CellPosition(endpoint.segment, data_offset, segment.incarnation)
         self._ack = CellPosition(segment, endpoint.cell_at(segment, P2P_ACK_LANE), endpoint.incarnation)
         region = memoryview(endpoint.segment.buf)[offset : offset + layout.total_bytes]
@@ -264,6 +272,12 @@ class Incoming:
                 self._drop()
                 return False
             start = EXTENSION_BYTES if chunk_id == 0 and len(header.shape) > TAG_DIMS else 0
+            if header.kind == READ:
+                is_taken = self._read(record, start, data)
+                if not is_taken:
+                    self._drop()
+                self.release()
+                return is_taken
             source, at, num_bytes = self._content(header, record, start, len(data))
             if not 0 <= num_bytes <= len(data) - num_received:
                 text = f"chunk {chunk_id} has {num_bytes} bytes of {len(data)}"
@@ -288,6 +302,27 @@ class Incoming:
             text = f"pointer: {num_bytes} bytes at {at} are outside the app area {low}..{high}"
             raise _corrupt(self._endpoint, self._peer, text, record.event_id)
         return segment.buf, at, num_bytes
+
+    def _read(self, record: Record, start: int, data: memoryview) -> bool:
+        """Copy `data` out of the sender's memory. False: the sender has withdrawn it."""
+        endpoint, event_id = self._endpoint, record.event_id
+        offer = _native.read_cell(endpoint.segment.buf, self._offer_offset)  # SYNC: cell-whole
+        if len(record.payload) != start + OFFER.size or offer is None:
+            raise _corrupt(endpoint, self._peer, "offer: there is none, or it has another size", event_id)
+        address, _ = OFFER.unpack(record.payload[start:])
+        error: OSError | ValueError | None = None
+        try:
+            _native.read_memory(offer[1], address, data)
+        except (OSError, ValueError) as failure:
+            error = failure
+        at = start + OFFER_STATE
+        if _native.load_u32(record.payload, at) == WITHDRAWN:  # SYNC: read-state
+            return False
+        endpoint.check_alive(self._peer, self.segment, event_id)  # it was its memory, not that of a successor
+        if error is not None:
+            text = f"{len(data)} bytes of the sender's memory: {error}"
+            raise _corrupt(endpoint, self._peer, text, event_id) from error
+        return _native.cas_u32(record.payload, at, OFFERED, TAKEN)  # SYNC: read-state
 
     def _parse(self, record: Record, message_bytes_max: int) -> MessageHeader:
         try:

@@ -15,6 +15,7 @@ u64, unused = 0). Kinds:
     INLINE  the bytes follow, in this record and the next ones
     PULL    they lie in the sender's app area; the payload is their offset in its segment, u64
     PUT     the sender has stored them in the receiver's app area; the payload is their offset there, u64
+    READ    they lie in the sender's memory; the payload is their address, u64, and the state of the offer, u32
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ TAG_BYTES: Final = 40
 EXTENSION: Final = struct.Struct("=8Q")
 EXTENSION_BYTES: Final = 64
 POINTER: Final = struct.Struct("=Q")
+OFFER: Final = struct.Struct("=QI4x")
+OFFER_STATE: Final = 8
+OFFERED, TAKEN, WITHDRAWN = 0, 1, 2
 TAG_DIMS: Final = 4
 NUM_DIMS_MAX: Final = 8
 NUM_PARTS_MAX: Final = 65535
@@ -42,6 +46,7 @@ SLOT_BYTES_MIN: Final = 128
 INLINE: Final = 1
 PULL: Final = 2
 PUT: Final = 3
+READ: Final = 4
 DTYPE_PATTERN: Final = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 
 if (TAG.size, EXTENSION.size) != (TAG_BYTES, EXTENSION_BYTES):
@@ -104,8 +109,8 @@ class MessageHeader:
             dims += EXTENSION.unpack(extension[:EXTENSION_BYTES])
         if any(dims[ndim:]):
             raise ValueError(f"shape: {ndim} dimensions of {dims}")
-        if kind not in (INLINE, PULL, PUT):
-            raise ValueError(f"kind: {kind} must be one of {INLINE}, {PULL}, {PUT}")
+        if kind not in (INLINE, PULL, PUT, READ):
+            raise ValueError(f"kind: {kind} must be one of {INLINE}, {PULL}, {PUT}, {READ}")
         name = raw_name.rstrip(b"\0").decode("ascii", "replace")
         if not DTYPE_PATTERN.fullmatch(name):
             raise ValueError(f"dtype: {name!r} must match {DTYPE_PATTERN.pattern}")

@@ -15,7 +15,8 @@ A message is records with chunk_id 0, 1, 2, ...; the first names dtype and shape
 backpressure, so a ring may be smaller than a message. A record with chunk_id 0 always begins a message:
 records that do not continue the message being received are left over from a `send` that gave up, and are
 skipped. An array of `pull_bytes_min` or more that lies in the sender's app area is not sent through the ring:
-the receiver pulls it from there, in one copy.
+the receiver pulls it from there, in one copy. Other large arrays of `send` it reads in the sender's memory, where the
+system lets it (bus/README.md): one copy again.
 
 Two ranks that `send` to each other at the same time both wait until one of them calls `recv`: agree on an
 order, or use `isend`.
@@ -42,6 +43,7 @@ __all__ = ["P2p", "SlowP2p", "check_out"]
 
 EVENT_ID_MAX = 2**64 - 1
 PULL_BYTES_MIN = 32 * 1024
+READ_BYTES_MIN = 16 * 1024
 
 
 def _check_ring(endpoint: Endpoint) -> None:
@@ -63,6 +65,8 @@ class P2p:
         endpoint: owned and closed by the caller.
         message_bytes_max: larger announcements are refused as corrupt before anything is allocated.
         pull_bytes_min: from this size on, arrays that lie in the own app area are pulled by the receiver.
+        read_bytes_min: from this size on, other arrays of `send` are read by the receiver in the own memory, if the
+            system lets it; None = never.
 
     A hot loop takes `sender(peer)` or `receiver(peer)` once and calls its `send` or `recv`, which are C.
     """
@@ -73,10 +77,11 @@ class P2p:
         *,
         message_bytes_max: int = 1 << 30,
         pull_bytes_min: int = PULL_BYTES_MIN,
+        read_bytes_min: int | None = READ_BYTES_MIN,
     ) -> None:
         _check_ring(endpoint)
         self._endpoint = endpoint
-        self._settings = ChannelSettings(message_bytes_max, pull_bytes_min)
+        self._settings = ChannelSettings(message_bytes_max, pull_bytes_min, read_bytes_min)
         self._senders: dict[Rank, Sender] = {}
         self._receivers: dict[Rank, Receiver] = {}
         endpoint.watch(self._retire)
@@ -209,7 +214,7 @@ class P2p:
         """Zero-copy receive: return the next message in place, read only, until `release`.
 
         It lies in the own ring, or for arrays that are pulled in the sender's app area. ValueError if the
-        message has several chunks or parts (it stays). Otherwise as `recv`.
+        message has several chunks or parts, or is to be read in the sender's memory (it stays). Otherwise as `recv`.
         """
         return self._idle(peer).peek(event_id, deadline)
 

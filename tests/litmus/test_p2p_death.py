@@ -32,7 +32,7 @@ from tests.litmus.p2p_child import (
     soon,
 )
 
-ONE_RECORD, MANY_RECORDS = 64, 2000
+ONE_RECORD, MANY_RECORDS, READ_WHOLE = 64, 2000, 200_000
 SIZES = pytest.mark.parametrize("num_bytes", [ONE_RECORD, MANY_RECORDS], ids=["one-record", "many-records"])
 SENDER_POINTS = ["claimed", "copied", "recorded", "cell-begun", "published", "rung"]
 RECEIVER_POINTS = ["peeked", "copied-out", "cell-begun", "published", "rung", "acknowledging", "acknowledged"]
@@ -175,6 +175,22 @@ def test_a_sender_killed_while_its_message_is_half_through(spawn: Spawn, receive
     kill(child)
     with pytest.raises(PeerDied):
         p2p.recv(None, SENDER, 2, soon())
+
+
+def test_an_array_that_a_dead_sender_offered_for_reading_is_lost(spawn: Spawn, receiver: Endpoint) -> None:
+    """Its memory went with it. The next incarnation offers its own, and its arrays are read there."""
+    p2p, peers = P2p(receiver), Peers(spawn, receiver, "sender")
+    child = peers.start(num_bytes=READ_WHOLE)
+    assert np.array_equal(p2p.recv(None, SENDER, 1, soon()), first_message(1))
+    await_message(p2p)
+    kill(child)
+    with pytest.raises(PeerDied, match=r"rank expert-0, peer attention-0, event 0x2"):
+        p2p.recv(None, SENDER, 2, soon())
+    survivor = peers.start(num_bytes=READ_WHOLE)
+    receive_all(p2p, 2, READ_WHOLE)
+    assert_finished(survivor)
+    assert p2p.stats()[SENDER, "recv"]["num_pulled"] == 1
+    p2p.close()
 
 
 def test_a_whole_message_of_a_dead_sender_is_received_first(spawn: Spawn, receiver: Endpoint) -> None:

@@ -2,7 +2,7 @@
 
 C limit       two copies in C, pure spin: bus/memory/_native_bench.c
 spin, adaptive (the default), blocking
-              `Sender.send`, `Receiver.recv` on private arrays: inline or in chunks, two copies
+              `Sender.send`, `Receiver.recv` on private arrays: two copies; from 16 KiB on read in the sender's memory
 pull          adaptive, the array lies in the sender's app area: one copy; rewritten before each round
 zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy; rewritten before each round
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from bus.memory.ring import SLOTS_OFFSET, RingLayout
 from bus.memory.wait import Adaptive, Blocking, Spin, WaitStrategy, Yielding
 from bus.xccl.aio import AsyncP2p
 from bus.xccl.endpoint import Endpoint, Rank, World
-from bus.xccl.message import POINTER, PULL
+from bus.xccl.message import POINTER, PULL, READ
 from bus.xccl.p2p import P2p, SlowP2p
 
 WORLD = World.of(attention=1, expert=1)
@@ -353,6 +354,134 @@ def test_large_arrays_in_the_app_area_are_pulled(sides: tuple[Side, Side]) -> No
     )
 
 
+@pytest.mark.parametrize("num_bytes", [512 * 1024, 3 * 256 * 1024 + 1, (2 << 20) - 7])
+def test_lanes_share_the_copy_of_a_large_array(pod: str, num_bytes: int) -> None:
+    """Whichever lanes get to run, every byte comes; ranges that may overlap are copied by one lane."""
+    ends = [
+        Endpoint(
+            pod=pod,
+            world=WORLD,
+            me=me,
+            incarnation=1,
+            config=XcclConfig(num_lanes=4),
+            p2p_peers=[peer],
+            app_bytes=4 << 20,
+        )
+        for me, peer in ((A, B), (B, A))
+    ]
+    for end, other in (ends, ends[::-1]):
+        end.learn(other.me, 1, other.segment.name)
+    a, b = P2p(ends[0]), P2p(ends[1])
+    b.accept(A)
+    apps = [end.segment.array(end.segment.layout.app_offset, (4 << 20,), np.uint8) for end in ends]
+    x = apps[0][3 : 3 + num_bytes]
+    for event_id in range(20):
+        x[:] = np.random.default_rng(event_id).integers(0, 256, num_bytes, np.uint8)
+        out = np.zeros(num_bytes + 16, np.uint8)[event_id % 16 :][:num_bytes]
+        handle = a.isend(x, B, event_id)
+        assert b.recv(out, A, event_id, soon()) is out
+        assert np.array_equal(out, x)
+        handle.wait(soon())
+    assert b.stats()[A, "recv"]["num_pulled"] == 20
+    out = apps[1][64 : 64 + num_bytes]
+    together(lambda: a.put(x, B, 0, 20, soon()), lambda: b.recv(out, A, 20, soon()))
+    assert np.array_equal(out, x), "a put may be received into the app area that it lies in"
+    for p2p, end in zip((a, b), ends, strict=True):
+        p2p.close()
+        end.close()
+
+
+@pytest.fixture
+def readable(sides: tuple[Side, Side]) -> tuple[Side, Side]:
+    """Sides whose first message is over: B has shown that it reads A's memory."""
+    a, b = sides
+    together(lambda: a.p2p.send(np.ones(3), B, 0, soon()), lambda: b.p2p.recv(None, A, 0, soon()))
+    return a, b
+
+
+def test_large_arrays_are_read_where_they_are(readable: tuple[Side, Side]) -> None:
+    a, b = readable
+    x = np.random.default_rng(1).random((7, 1, 2, 1, 1000))
+    got = together(lambda: a.p2p.send(x, B, 1, soon()), lambda: b.p2p.recv(None, A, 1, soon()))
+    assert np.array_equal(got, x)
+    assert b.p2p.stats()[A, "recv"]["num_pulled"] == 1
+    slow = SlowP2p(b.endpoint)
+    got = together(lambda: a.p2p.send(x, B, 2, soon()), lambda: slow.recv(None, A, 2, soon()))
+    assert np.array_equal(got, x)
+
+
+def test_nothing_is_read_before_the_receiver_has_shown_the_nonce(sides: tuple[Side, Side]) -> None:
+    a, b = sides
+    x, slow = np.arange(10_000.0), SlowP2p(b.endpoint)
+    for event_id in range(2):
+        got = together(
+            lambda at=event_id: a.p2p.send(x, B, at, soon()),
+            lambda at=event_id: slow.recv(None, A, at, soon()),
+        )
+        assert np.array_equal(got, x)
+    assert a.p2p.stats()[B, "send"]["num_pulled"] == 0
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_an_array_whose_sender_has_returned_is_not_read(readable: tuple[Side, Side], is_slow: bool) -> None:
+    a, b = readable
+    x = np.ones(10_000)
+    with pytest.raises(PeerStalled):
+        a.p2p.send(x, B, 1, Deadline.after_ms(30))
+    receiver = SlowP2p(b.endpoint) if is_slow else b.p2p
+    with pytest.raises(PeerStalled):
+        receiver.recv(None, A, 1, Deadline.after_ms(30))
+    x[:] = 2
+    got = together(lambda: a.p2p.send(x, B, 1, soon()), lambda: receiver.recv(None, A, 1, soon()))
+    assert np.array_equal(got, x)
+
+
+@pytest.mark.parametrize("address", [0, 4096, 2**63, 2**64 - 8])
+def test_an_address_outside_the_senders_memory_is_corrupt(readable: tuple[Side, Side], address: int) -> None:
+    a, b = readable
+    x = np.arange(10_000.0)
+    deadline = Deadline.after_ms(20_000)
+
+    def recv() -> None:
+        while b.p2p.probe(A) is None:
+            assert b.p2p.receiver(A)._wait(0, soon())
+        ring = b.endpoint.ring_offset(A)
+        assert ring is not None
+        at = ring + SLOTS_OFFSET + RingLayout(4, 256).slot_stride
+        buf = b.endpoint.segment.buf
+        assert buf[at + 29] == READ
+        offered = bytes(buf[at + 64 : at + 72])
+        buf[at + 64 : at + 72] = POINTER.pack(address)
+        for receiver in (b.p2p, SlowP2p(b.endpoint)):
+            with pytest.raises(SegmentCorrupt, match="sender's memory"):
+                receiver.recv(None, A, 1, soon())
+        buf[at + 64 : at + 72] = offered
+        assert np.array_equal(b.p2p.recv(None, A, 1, soon()), x)
+
+    together(lambda: a.p2p.send(x, B, 1, deadline), recv)
+
+
+def test_what_must_be_read_cannot_be_peeked_at(readable: tuple[Side, Side]) -> None:
+    a, b = readable
+
+    def recv() -> None:
+        with pytest.raises(ValueError, match="cannot be read in place"):
+            b.p2p.peek(A, 1, soon())
+        assert b.p2p.discard(A, soon()) == 1
+
+    together(lambda: a.p2p.send(np.arange(10_000.0), B, 1, soon()), recv)
+
+
+@pytest.mark.parametrize("strategy", [None, Blocking()])
+def test_a_sleeping_waiter_uses_no_cpu(sides: tuple[Side, Side]) -> None:
+    """Of its own thread's CPU time, since others of this process may work meanwhile."""
+    wait_s = 1.5
+    before = time.thread_time()
+    with pytest.raises(PeerStalled):
+        sides[1].p2p.recv(None, A, 1, Deadline.after_ms(1000 * wait_s))
+    assert time.thread_time() - before < wait_s / 20
+
+
 @pytest.mark.parametrize("offset", [0, 4096, 2**63, 2**64 - 1])
 def test_a_pointer_outside_the_app_area_is_corrupt(sides: tuple[Side, Side], offset: int) -> None:
     a, b = sides
@@ -448,6 +577,8 @@ def test_open_refuses_offsets_outside_the_mappings() -> None:
         "pull_bytes_min": 1,
         "message_bytes_max": 1,
         "poll_ns": 1,
+        "copy_lanes": 1,
+        "read_bytes_min": 1,
         "pause_rounds": 1,
         "yield_ns": 1,
         "may_sleep": True,
