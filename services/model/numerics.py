@@ -226,12 +226,6 @@ def log_softmax(logits_row: Float) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()), dtype=np.float64)
 
 
-def cumulative_probs(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the running sums of the softmax of one row [n], in order; the last is close to 1."""
-    terms = np.exp(logits - logits.max())
-    return np.asarray(np.cumsum(terms / terms.sum()), dtype=np.float64)
-
-
 def check_row_independence() -> None:
     """Prove on this machine that a row's bits depend on that row alone; a few ms.
 

@@ -20,6 +20,7 @@ from bus.control.messages import SamplingParams, TokenLogprob
 from services.model import numerics
 
 Float = npt.NDArray[np.float32]
+_HEADS = (256, 8192)  # how many candidates are sorted before more are
 
 
 def adjust(
@@ -96,21 +97,52 @@ def sample(
         if np.isneginf(logits_row[token_id]):
             raise ValueError("no token is left to draw")
         return token_id
-    row = logits_row.astype(np.float64)
-    order = _candidates(row, top_k)
-    scaled = row[order]
-    if np.isneginf(scaled[0]):
+    if np.isneginf(logits_row.max()):
         raise ValueError("no token is left to draw")
-    scaled = (scaled - scaled[0]) / temperature
+    u = uniform(seed, position)
+    if 0 < top_k < len(logits_row):
+        order = _candidates(logits_row, top_k)
+        weights = _weights(logits_row[order], temperature, min_p)
+        return int(order[_place(np.cumsum(weights) / weights.sum(), top_p, u, is_whole=True)])
+    weights = _weights(logits_row, temperature, min_p)
+    total = weights.sum()
+    # Nearly always the token is among a few; a whole vocabulary takes long to sort.
+    for count in (*_HEADS, len(weights)):
+        order = _candidates(logits_row, count)
+        cumulative = np.cumsum(weights[order]) / total
+        place = _place(cumulative, top_p, u, is_whole=len(order) == len(weights))
+        if place >= 0:
+            break
+    return int(order[place])
+
+
+def _weights(
+    logits: Float | npt.NDArray[np.float64], temperature: float, min_p: float
+) -> npt.NDArray[np.float64]:
+    """Return the softmax's terms, relative to the likeliest: 1 for it, 0 for what min-p cuts off."""
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()
+    scaled /= temperature
+    weights = np.exp(scaled)
     if min_p > 0.0:
-        # The order is falling: what is likely enough is a prefix.
-        scaled = scaled[: int(np.count_nonzero(scaled >= np.log(min_p)))]
-    cumulative = numerics.cumulative_probs(scaled)
+        weights[scaled < np.log(min_p)] = 0.0
+    return weights
+
+
+def _place(cumulative: npt.NDArray[np.float64], top_p: float, u: float, *, is_whole: bool) -> int:
+    """Return where `u` falls in the running sums cut by top-p; -1 when that takes more than these."""
     if top_p < 1.0:
         kept = int(np.searchsorted(cumulative, top_p, side="left")) + 1
+        if kept > len(cumulative) and not is_whole:
+            return -1
         cumulative = cumulative[:kept]
-    threshold = uniform(seed, position) * cumulative[-1]
-    return int(order[min(int(np.searchsorted(cumulative, threshold, side="right")), len(cumulative) - 1)])
+        u *= float(cumulative[-1])
+        is_whole = True
+    place = int(np.searchsorted(cumulative, u, side="right"))
+    if place < len(cumulative):
+        return place
+    # Rounding may leave the last sum below u: then it is the last that has any weight.
+    return int(np.searchsorted(cumulative, cumulative[-1], side="left")) if is_whole else -1
 
 
 def uniform(seed: int, position: int) -> float:
@@ -134,7 +166,7 @@ def token_logprob(logits_row: Float, token_id: int, num_top: int) -> TokenLogpro
     )
 
 
-def _candidates(values: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.int64]:
+def _candidates(values: Float | npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.int64]:
     """Return ids by falling value, lower id first on a tie; only the `top_k` first when 0 < top_k < len."""
     if not 0 < top_k < len(values):
         return np.argsort(-values, kind="stable")

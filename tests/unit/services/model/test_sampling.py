@@ -75,3 +75,37 @@ def test_logprobs_and_ranks() -> None:
     alone = token_logprob(ROW, 4, 0)
     assert (alone.rank, alone.top_token_ids, alone.top_logprobs) == (5, (), ())
     assert len(token_logprob(ROW, 0, 20).top_token_ids) == 5
+
+
+def by_sorting(row: np.ndarray[Any, Any], *, temperature: float, top_p: float, min_p: float, u: float) -> int:
+    """The whole vocabulary sorted: what the short ways must not differ from."""
+    order = np.argsort(-row, kind="stable")
+    weights = np.exp((row[order].astype(np.float64) - float(row.max())) / temperature)
+    weights[weights < min_p] = 0
+    mass = np.cumsum(weights) / weights.sum()
+    kept = mass[: int(np.searchsorted(mass, top_p)) + 1] if top_p < 1 else mass
+    return int(order[int(np.searchsorted(kept, u * kept[-1], side="right"))])
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+def test_short_ways_through_a_large_vocabulary_draw_the_same(
+    temperature: float, top_p: float, min_p: float
+) -> None:
+    rng = np.random.default_rng(5)
+    flat = (rng.standard_normal(12_000) * 0.5).astype(np.float32)  # needs every candidate
+    steep = flat * 10
+    masked = steep.copy()
+    masked[rng.random(12_000) < 0.999] = -np.inf
+    for row in (flat, steep, masked):
+        for position in range(4):
+            fields: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+            drawn = sample(row, **fields, top_k=0, seed=9, position=position)
+            assert drawn == by_sorting(row, **fields, u=uniform(9, position))
+
+
+def test_the_last_candidate_with_weight_stands_in_for_rounding() -> None:
+    row = np.array([0.0, 0.0, -np.inf, -np.inf], dtype=np.float32)
+    assert set(draws(300, row)) == {0, 1}
+    assert set(draws(300, row, top_k=3)) == {0, 1}
