@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from bus.config import XcclConfig
 from bus.errors import ConfigError
 
-SECTIONS = ("p2p", "all-to-all", "moe")
+SECTIONS = ("p2p", "all-to-all", "moe", "trampoline")
 PEERS = ("pipe", "pyzmq", "openmpi", "mpich", "iceoryx2", "gloo")
 KINDS = ("float32", "int8")
 SIZE_MAX = 64 << 20
@@ -35,6 +35,7 @@ class Plan:
     rounds: int = 3
     budget_s: float = 0.06
     busy_processes: int = 6
+    all_trampolines: bool = True  # every load of bus/bench/trampoline.py, or the first only
     xccl: XcclConfig = field(default_factory=XcclConfig)
 
     def check(self) -> None:
@@ -68,6 +69,7 @@ class Plan:
             "top_k": (4,),
             "rounds": 2,
             "budget_s": 0.02,
+            "all_trampolines": False,
         }
         standard = Plan()
         unnamed = {

@@ -5,7 +5,8 @@
      "plan": {the flags that were in force},
      "seconds": length of the run,
      "absent": [{section, way, is_failure, reason}],
-     "records": [{section, way, case, p50_us, p99_us, low_us, high_us, samples, ...}]}
+     "records": [{section, way, case, p50_us, p99_us, low_us, high_us, samples, ...}],
+     "trampolines": what bus/bench/trampoline.py reports, one object per way and case}
 
 section, and its case: `p2p` {scenario, size}, one-way times; `all-to-all` {ranks, size}; `moe` {ranks, form, batch,
 hidden, top_k, kind}. p50_us is the median of the rounds' medians, low_us and high_us their range, p99_us the 99th
@@ -17,7 +18,7 @@ time of a waiter that sleeps.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Report:
     seconds: float
     absences: list[Absence]
     records: list[Record]
+    trampolines: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, section: str) -> list[Record]:
         """Return the records of a section."""
@@ -54,6 +56,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "seconds": round(report.seconds, 1),
         "absent": [asdict(absence) for absence in report.absences],
         "records": [_record(record) for record in report.records],
+        "trampolines": report.trampolines,
     }
 
 

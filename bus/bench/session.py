@@ -64,6 +64,7 @@ class Session:
     def __init__(self, plan: Plan, progress: Callable[[str], None] = to_stderr) -> None:
         self.plan, self.progress = plan, progress
         self.records: list[Record] = []
+        self.trampolines: list[dict[str, Any]] = []
         self.absences: list[Absence] = []
         self.groups: dict[str, Group] = {}
         remove_abandoned()

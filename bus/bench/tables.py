@@ -19,7 +19,12 @@ T = TypeVar("T")
 def render(report: Report) -> str:
     """Return all tables."""
     parts = [machine_line(report), *p2p_tables(report.of(P2P)), *plain_tables(report.of(ALL_TO_ALL))]
-    parts += [*moe_tables(report.of(MOE)), *moe_summary(report.of(MOE)), *absent(report)]
+    parts += [
+        *moe_tables(report.of(MOE)),
+        *moe_summary(report.of(MOE)),
+        *trampoline_table(report),
+        *absent(report),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -94,6 +99,27 @@ def moe_summary(records: Sequence[Record]) -> list[str]:
                 cells[_group(group), peer] = f"{median(ratios):.1f} ({min(ratios):.1f})"
     title = "MoE shapes, time relative to ours: median over the shapes (least)"
     return [_table(title, [_group(group) for group in groups], peers, cells)]
+
+
+def trampoline_table(report: Report) -> list[str]:
+    """Return A2E/E2A at the paper's shape, both ways."""
+    found = report.trampolines
+    if not found:
+        return []
+    columns = {
+        "p50 / p99": lambda case: f"{_us(case['p50_us'])} / {_us(case['p99_us'])}",
+        "send p50": lambda case: _us(case["send_p50_us"]),
+        "A2E cells per rank": lambda case: f"{case['a2e_cell_writes_per_rank']:g}",
+        "picked by the rule": lambda case: "yes" if case["picked"] else "",
+    }
+    names = [f"{case['num_bytes']:>9} B to {case['targets']:>3} ranks, {case['way']}" for case in found]
+    cells = {
+        (name, column): cell(case)
+        for name, case in zip(names, found, strict=True)
+        for column, cell in columns.items()
+    }
+    title = "A2E + E2A, 160 attention and 288 expert ranks in 16 processes, us"
+    return [_table(title, names, list(columns), cells)]
 
 
 def absent(report: Report) -> list[str]:

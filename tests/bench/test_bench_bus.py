@@ -80,7 +80,8 @@ def runs(tmp_path: Path) -> Iterator[list[Bench]]:
 
 def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: list[Bench]) -> None:
     found = tmp_path / "found.json"
-    bench = Bench(tmp_path, "--peers", "pyzmq,pipe", "--rounds", "1", "--json", str(found), *SMALL)
+    sections = ("--only", "p2p,all-to-all,moe")
+    bench = Bench(tmp_path, "--peers", "pyzmq,pipe", "--rounds", "1", "--json", str(found), *sections, *SMALL)
     runs.append(bench)
     assert bench.wait() == 0, bench.text()
     bench.assert_nothing_is_left()

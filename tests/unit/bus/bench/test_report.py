@@ -37,7 +37,16 @@ def report() -> Report:
         Absence("p2p", "openmpi", False, "mpi4py is not installed"),
         Absence("moe", "gloo", True, "died"),
     ]
-    return Report(machine.facts(), Plan(), 12.0, absences, records)
+    trampoline = {
+        "way": "direct",
+        "targets": 8,
+        "num_bytes": 4096,
+        "p50_us": 5.0,
+        "p99_us": 6.0,
+        "send_p50_us": 1.0,
+    }
+    trampolines = [{**trampoline, "a2e_cell_writes_per_rank": 8.0, "picked": True}]
+    return Report(machine.facts(), Plan(), 12.0, absences, records, trampolines)
 
 
 def lines_with(text: str, words: str) -> list[str]:
@@ -52,6 +61,8 @@ def test_tables_show_every_figure_and_why_one_is_missing() -> None:
     assert any(line.split() == ["ours", "adaptive", "2.25"] for line in lines_with(text, "ours adaptive"))
     assert any("4.0 (3.0)" in line for line in lines_with(text, "A2E + E2A, int8, 4 ranks"))
     assert any("0.05" in line for line in lines_with(text, "pyzmq"))
+    [line] = [line for line in text.splitlines() if "to   8 ranks, direct" in line]
+    assert line.split()[-6:] == ["5.00", "/", "6.00", "1.00", "8", "yes"]
     assert "openmpi (p2p): missing: mpi4py is not installed" in text
     assert "gloo (moe): failed: died" in text
 
@@ -60,7 +71,7 @@ def test_a_report_without_ours_or_without_anything_is_a_table_too() -> None:
     full = report()
     others = [record for record in full.records if not record.way.startswith("ours")]
     assert "MPICH" in render(replace(full, records=others))
-    assert render(replace(full, records=[], absences=[])).count("\n") == 1
+    assert render(replace(full, records=[], absences=[], trampolines=[])).count("\n") == 1
 
 
 def test_json_has_the_schema(tmp_path: Path) -> None:
