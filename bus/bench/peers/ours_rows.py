@@ -1,4 +1,4 @@
-"""The collectives of the bus: dispatch + combine, and A2E + E2A, directly and through trampolines.
+"""The collectives of the bus: plain all-to-all out of the app area, dispatch + combine, A2E + E2A by both ways.
 
 The experts write into the y that the bus hands them, which lies in shared memory.
 """
@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from bus.bench.meeting import Meeting, Message
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
-from bus.bench.rows import NUM_CHECKED, RowsWay, timed
+from bus.bench.rows import NUM_CHECKED, PLAIN, RowsWay, check_plain, plain_blocks, timed
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory import _collectives
-from bus.memory.layout import SegmentLayout
+from bus.memory.layout import SegmentLayout, align_up
 from bus.memory.segment import Segment, segment_name
+from bus.xccl.alltoall import AllToAll, AllToAllShape
 from bus.xccl.cost import Route
 from bus.xccl.dispatch import Dispatcher
 from bus.xccl.dispatch_layout import DispatchShape
@@ -39,18 +40,16 @@ def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str,
     """Return the ways among all ranks."""
     config = XcclConfig(**options["xccl"])
     return {
-        OURS: OurRows(meeting, config, {DISPATCH: Dispatching, A2E: Routing}),
+        OURS: OurRows(meeting, config, {PLAIN: Blocks, DISPATCH: Dispatching, A2E: Routing}),
         TRAMPOLINE: OurRows(meeting, config, {A2E: Bouncing}),
     }
 
 
-class Case:
-    """One shape, set up: a segment, and the addresses of the others'."""
+class Place:
+    """A segment and the addresses of the others', for one case."""
 
-    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
-        self.meeting, self.config, self.shape, self.rank = meeting, config, shape, meeting.rank
-        self.given = inputs(shape, meeting.rank)
-        self.sum = np.empty(self.given.x.shape, np.float32)
+    def __init__(self, meeting: Meeting, config: XcclConfig, number: int) -> None:
+        self.meeting, self.config, self.rank = meeting, config, meeting.rank
         self.table = AddressTable()
         self._number, self._steps = number, 0
 
@@ -59,7 +58,7 @@ class Case:
         pod, me = f"{self.meeting.name}r", place(self.rank)
         names = [
             segment_name(pod, r.service, r.index, self._number)
-            for r in map(place, range(self.shape.num_ranks))
+            for r in map(place, range(self.meeting.num_ranks))
         ]
         self.segment = Segment.create(
             names[self.rank], layout, service=me.service, index=me.index, incarnation=self._number
@@ -74,10 +73,6 @@ class Case:
         self._steps += 1
         return Event(self._steps, 0)
 
-    def verify(self) -> None:
-        """Raise ValueError if the last result is wrong."""
-        check_result(self.shape, self.given, self.sum)
-
     def close(self) -> None:
         """Remove the segment once nobody uses it."""
         self.meeting.gather()
@@ -86,11 +81,59 @@ class Case:
         self.segment.unlink()
 
 
+class Blocks(Place):
+    """Plain all-to-all of equal blocks."""
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
+        super().__init__(meeting, config, number)
+        num_ranks, size = meeting.num_ranks, int(case["size"])
+        out, self._into, self._wanted = plain_blocks(self.rank, num_ranks, size)
+        sizes = AllToAllShape(num_ranks=num_ranks, stage_bytes=0, area_bytes=align_up(out.size, 4096))
+        segment = self.open(sizes.layout(), lambda rank: Rank("expert", rank))
+        self._side = AllToAll(segment, sizes, self.rank, self.table, config=config)
+        self._out, self._counts = self._side.area(out.shape, np.uint8), np.full(num_ranks, size, np.int64)
+        self._out[:] = out
+
+    def run(self) -> None:
+        """Exchange once."""
+        event, deadline = self.next_event(), Deadline.after_ms(TIMEOUT_MS)
+        self._side.exchange(self._out, self._counts, event=event, deadline=deadline, out=self._into)
+
+    def play(self, repetitions: int) -> list[int]:
+        """Return the durations, ns."""
+        return timed(self, repetitions)
+
+    def verify(self) -> None:
+        """Raise ValueError if the last result is wrong."""
+        check_plain(self._into, self._wanted)
+
+    def close(self) -> None:
+        """See `Place`."""
+        self._out = np.empty(0, np.uint8)  # a view keeps the segment mapped
+        self._side.close()
+        super().close()
+
+
+class Case(Place):
+    """An MoE-shaped exchange, set up."""
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
+        super().__init__(meeting, config, number)
+        self.shape = Shape(**case)
+        self.given = inputs(self.shape, meeting.rank)
+        self.sum = np.empty(self.given.x.shape, np.float32)
+
+    def verify(self) -> None:
+        """Raise ValueError if the last result is wrong."""
+        check_result(self.shape, self.given, self.sum)
+
+
 class Dispatching(Case):
     """Dispatch + combine."""
 
-    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
-        super().__init__(meeting, config, shape, number)
+    def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
+        super().__init__(meeting, config, case, number)
+        shape = self.shape
         sizes = DispatchShape(
             num_ranks=shape.num_ranks,
             max_tokens=shape.batch,
@@ -125,8 +168,9 @@ class Routing(Case):
 
     route = Route.DIRECT
 
-    def __init__(self, meeting: Meeting, config: XcclConfig, shape: Shape, number: int) -> None:
-        super().__init__(meeting, config, shape, number)
+    def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
+        super().__init__(meeting, config, case, number)
+        shape = self.shape
         sizes = RelayShape(
             num_attention_ranks=shape.first_expert_rank,
             num_expert_ranks=shape.num_expert_ranks,
@@ -202,8 +246,8 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-Form = Dispatching | Routing
-Forms = Mapping[str, type[Dispatching] | type[Routing]]
+Form = Blocks | Dispatching | Routing
+Forms = Mapping[str, type[Blocks] | type[Dispatching] | type[Routing]]
 
 
 class OurRows:
@@ -222,7 +266,7 @@ class OurRows:
     def prepare(self, case: Message) -> None:
         """See `RowsWay`."""
         OurRows.numbers += 1
-        self._case = self._forms[case["form"]](self._meeting, self._config, Shape(**case), OurRows.numbers)
+        self._case = self._forms[case["form"]](self._meeting, self._config, case, OurRows.numbers)
 
     def check(self) -> None:
         """See `RowsWay`."""
