@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bus.bench.collectives import ALL_TO_ALL, MOE
 from bus.bench.p2p import IDLE, ONE_PAIR
@@ -106,7 +106,7 @@ def trampoline_table(report: Report) -> list[str]:
     found = report.trampolines
     if not found:
         return []
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "p50 / p99": lambda case: f"{_us(case['p50_us'])} / {_us(case['p99_us'])}",
         "send p50": lambda case: _us(case["send_p50_us"]),
         "A2E cells per rank": lambda case: f"{case['a2e_cell_writes_per_rank']:g}",
