@@ -7,7 +7,7 @@
 #define SCORE_LOW 128u /* below it a way of polling is only probed */
 #define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
 #define PROBE_MAX 4096u
-#define LONG_PAUSE 8
+#define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
 
 PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
 static PyObject *name_dtype, *name_str, *name_at_ns;
@@ -176,7 +176,7 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->yield_ns = yield_ns;
     end->may_sleep = may_sleep;
     end->num_lanes = num_lanes;
-    end->pause = end->long_pause = end->yield = end->lanes = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->pause = end->yield = end->lanes = (Habit){SCORE_MAX, PROBE_MIN, 0};
     end->is_open = 1;
     resume(end, is_sender);
     end->offer_word = 0;
@@ -449,20 +449,20 @@ link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
 
 /* Poll without giving the core away: wins when the peer runs on another core and is quick. */
 static int
-pause_for_news(LinkEnd *end, int rounds, Habit *habit)
+pause_for_news(LinkEnd *end)
 {
-    if (rounds == 0 || !pays(habit, end->num_waits)) {
+    if (end->pause_rounds == 0 || !pays(&end->pause, end->num_waits)) {
         return 0;
     }
-    for (int round = 0; round < rounds; round++) {
+    for (int round = 0; round < end->pause_rounds; round++) {
         if (has_news(end)) {
             end->num_pause_wins++;
-            learn(habit, end->num_waits, 1);
+            learn(&end->pause, end->num_waits, 1);
             return 1;
         }
         cpu_relax();
     }
-    learn(habit, end->num_waits, 0);
+    learn(&end->pause, end->num_waits, 0);
     return 0;
 }
 
@@ -474,7 +474,8 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
     if (end->yield_ns == 0 || (end->may_sleep && !pays(&end->yield, end->num_waits))) {
         return 0;
     }
-    int64_t until = deadline_after(start, end->yield_ns);
+    int64_t until = deadline_after(start, end->yield_ns + end->patience_ns);
+    int num_pauses = end->pause_rounds == 0 ? 0 : PAUSES_PER_YIELD;
     until = until < deadline ? until : deadline;
     for (;;) {
         if (has_news(end)) {
@@ -486,6 +487,12 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
         if (now_ns() >= until) {
             learn(&end->yield, end->num_waits, 0);
             return 0;
+        }
+        for (int i = 0; i < num_pauses && !has_news(end); i++) {
+            cpu_relax();
+        }
+        if (has_news(end)) {
+            continue;
         }
         if (end->may_sleep || end->pause_rounds == 0) {
             sched_yield();
@@ -564,14 +571,10 @@ int
 link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
 {
     end->num_waits++;
-    if (pause_for_news(end, end->pause_rounds, &end->pause)) {
+    if (pause_for_news(end)) {
         return 1; /* so short that the GIL was kept */
     }
     PyThreadState *state = PyEval_SaveThread();
-    if (pause_for_news(end, LONG_PAUSE * end->pause_rounds, &end->long_pause)) {
-        PyEval_RestoreThread(state);
-        return 1;
-    }
     int64_t start = now_ns(), poll_at = deadline_after(start, end->poll_ns);
     int outcome = yield_for_news(end, start, end->may_sleep ? deadline : poll_at);
     while (outcome == 0) {

@@ -107,8 +107,9 @@ typedef struct {
     int peer_pid;          /* receiver: the process that holds the nonce, 0 = its memory is out of reach */
     /* waiting */
     int64_t poll_ns, yield_ns;
+    int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
     int pause_rounds, may_sleep;
-    Habit pause, long_pause, yield;
+    Habit pause, yield;
     int num_lanes; /* threads that share a long copy */
     uint64_t num_long_copies;
     Habit lanes;

@@ -4,6 +4,9 @@
 #include <stddef.h>
 #include <structmember.h>
 
+#define COPY_BYTES_PER_NS 8
+#define PATIENCE_NS_MAX 1000000
+
 /* ---------------------------------------------------------------- slots */
 
 /* Take over what the receiver has written. -1: a Python error is set. */
@@ -265,8 +268,11 @@ send_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     int outcome = begin(end, args[0], event_id, 0, 0, 1);
+    uint64_t copy_ns = outcome == 0 && end->op.tag.kind != KIND_INLINE ? end->op.num_bytes / COPY_BYTES_PER_NS : 0;
     if (outcome == 0 && (outcome = push_all(end, event_id, deadline)) == 1) {
+        end->patience_ns = (int64_t)(copy_ns < PATIENCE_NS_MAX ? copy_ns : PATIENCE_NS_MAX);
         outcome = await_taken(end, end->position, event_id, deadline);
+        end->patience_ns = 0;
     }
     withdraw(end, outcome);
     return finish(end, outcome);

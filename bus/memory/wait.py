@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAUSE_ROUNDS = 100  # about 2 us: longer than a cache line takes, shorter than a wake-up
+PAUSE_ROUNDS = 40  # 1 to 2 us: longer than a cache line takes, shorter than a wake-up
 PROBE_EVERY = 64  # a burst that has shrunk to nothing is tried again once in so many waits
 
 
@@ -51,8 +51,8 @@ class Doorbell:
 class LinkWait:
     """The same strategy for the ends of links, which wait in C (bus/memory/_native_link.c) and learn per ring.
 
-    `pause_rounds` polls without giving the core away and the GIL kept, eight times as many with it released, then
-    up to `yield_ns` of polls that give the core away, then sleep if `may_sleep`. For each kind of polling an end
+    `pause_rounds` polls without giving the core away and the GIL kept, then up to `yield_ns` of polls that give the
+    core away, then sleep if `may_sleep`. For each kind of polling an end
     keeps a moving average of how often it won (weight 1/8 for the newest wait) and polls that way only while it
     wins one time in eight; otherwise it is probed after 32 waits, then 64, ... up to 4,096.
     """
