@@ -32,13 +32,16 @@ INSTRUCTIONS = {
     "store SEQ_CST": r"stlr",
     "fetch_add SEQ_CST": r"ldaddal",
     "add_fetch SEQ_CST": r"ldaddal",
+    "add_fetch RELEASE": r"ldaddl|staddl|ldaddal",
+    "sub_fetch ACQ_REL": r"ldaddal",
     "fetch_sub SEQ_CST": r"ldaddal",
     "compare_exchange SEQ_CST": r"casal",
+    "compare_exchange ACQ_REL": r"casal",
     "thread_fence RELEASE": r"dmb\s+ish\b",
     "thread_fence ACQUIRE": r"dmb\s+ish(ld)?\b",
 }
 ATOMIC = re.compile(
-    r"__atomic_(load|store|fetch_add|add_fetch|fetch_sub|compare_exchange|thread_fence)(?:_n)?\(.*?__ATOMIC_([A-Z_]+)"
+    r"__atomic_(load|store|fetch_add|add_fetch|fetch_sub|sub_fetch|compare_exchange|thread_fence)(?:_n)?\(.*?__ATOMIC_([A-Z_]+)"
 )
 FILE = re.compile(r'\s+\.file (\d+) (?:"[^"]*" )?"([^"]+)"')
 LOCATION = re.compile(r"\s+\.loc (\d+) (\d+) ")
