@@ -31,10 +31,13 @@ setup(
         Extension(
             "bus.memory._relay",
             [
-                *(f"bus/memory/_relay{part}.c" for part in ("", "_attention", "_expert")),
+                *(f"bus/memory/_relay{part}.c" for part in ("", "_attention", "_expert", "_forward")),
                 "bus/memory/_collectives_rows.c",
             ],
-            depends=[*SHARED, "bus/memory/_relay.h", "bus/memory/_collectives_rows.h"],
+            depends=[
+                *SHARED,
+                *(f"bus/memory/{name}.h" for name in ("_relay", "_relay_expert", "_collectives_rows")),
+            ],
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),
         Extension(

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from bus.memory.segment import segment_prefix, sweep
-from bus.xccl.cost import CostRule, Route, Sample, fit
+from bus.xccl.cost import UNMEASURED, CostRule, Route, Sample, fit
 from bus.xccl.relay_layout import RelayShape
 
 NUM_SLOTS = 8
+NUM_COEFFICIENTS = 3  # of a way's cost: fewer cases cannot be fitted
 EXIT_TIMEOUT_S = 20
 
 Report = Callable[[dict[str, Any]], None]
@@ -118,7 +119,7 @@ def run(
     rounds: int = 3,
     repeats: int = 2,
 ) -> CostRule:
-    """Measure the grid and give `report` one dict per way and case; return the rule that was fitted.
+    """Measure the grid and give `report` one dict per way and case; return the rule fitted to them (3 or more).
 
     Args:
         report: takes {way, targets, num_bytes, p50_us, p99_us, send_p50_us, a2e_cell_writes_per_rank, picked}.
@@ -166,7 +167,9 @@ def _measure(hosts: _Hosts, case: _Case, attention_ranks: int, rounds: int, repe
 
 
 def _judge(cases: Sequence[_Case], report: Report) -> CostRule:
-    rule = CostRule(*(fit([_sample(case, route) for case in cases]) for route in Route))
+    rule = UNMEASURED
+    if len(cases) >= NUM_COEFFICIENTS:
+        rule = CostRule(*(fit([_sample(case, route) for case in cases]) for route in Route))
     for case in cases:
         picked = rule.choose(case.targets, case.load.num_bytes)
         for route in Route:

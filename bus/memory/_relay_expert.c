@@ -2,50 +2,7 @@
  *
  * Nothing here blocks but `wait`. What needs Python (mapping a segment, private memory, an error) is handed back as a
  * *problem*; once it is solved, `look_again` makes the next poll see the cell anew. */
-#include "_relay.h"
-
-enum { DIRECT, FORWARD, ENTRY, RETURN };
-enum { UNKNOWN_WRITER, MISSING_OWNER, NO_SLOT, BAD_COUNTS, BAD_ROWS, BAD_STARTS, BAD_ANSWER, NOBODY };
-
-typedef struct {
-    int kind;
-    Py_ssize_t peer, seat, microbatch; /* peer: attention rank, or the expert rank of a RETURN */
-} place_t;
-
-/* Private memory of an arrival: what must not change while it is being worked on. */
-typedef struct {
-    Py_buffer view;
-    Py_ssize_t rows, pairs;          /* that it has room for */
-    int32_t *pair_row, *pair_expert; /* NULL: not there yet */
-    float *x, *y;                    /* with INT8 only */
-    uint64_t word;                   /* stamp of the cell that is open, 0 = none */
-    uint64_t event_id;
-    Py_ssize_t count;
-} slot_t;
-
-typedef struct {
-    int open;
-    Py_ssize_t guest, num_pending;
-    uint64_t event_id, echo;
-    int32_t *starts;  /* [experts + 1] */
-    uint64_t *asked;  /* [experts] stamp of the cell that each owner got, 0 = has answered */
-    uint64_t *life;   /* [experts] its incarnation then */
-} relay_t;
-
-typedef struct {
-    PyObject_HEAD
-    geometry_t g;
-    peer_t own;
-    peer_t *attention, *experts;
-    slot_t *slots;   /* [2 * num_attention * microbatches]: of the DIRECT and FORWARD cells */
-    relay_t *relays; /* [seats * microbatches] */
-    uint64_t *seen;
-    waiter_t waiter;
-    uint32_t bell_seen;
-    int must_scan, has_rivals, ready, busy;
-    uint64_t writes, dropped, num_relays;
-    uint64_t by_stage[3]; /* a2e_forward, e2a_forward, e2a */
-} ExpertEnd;
+#include "_relay_expert.h"
 
 /* ---------------------------------------------------------------- life */
 
@@ -154,21 +111,11 @@ ExpertEnd_dealloc(ExpertEnd *self)
     Py_DECREF(type);
 }
 
-static int
-enter(const ExpertEnd *self, const char *name, Py_ssize_t given, Py_ssize_t wanted)
-{
-    if (!self->ready || self->busy || self->own.base == NULL) {
-        PyErr_Format(PyExc_RuntimeError, "%s: closed, or in use by another thread", name);
-        return -1;
-    }
-    return check_count(name, given, wanted);
-}
-
 static PyObject *
 ExpertEnd_close(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
     if (self->busy) {
-        return enter(self, "close", nargs, 0) < 0 ? NULL : Py_NewRef(Py_None);
+        return enter_expert(self, "close", nargs, 0) < 0 ? NULL : Py_NewRef(Py_None);
     }
     release_all(self);
     Py_RETURN_NONE;
@@ -208,7 +155,7 @@ set_peer(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs, int of_attent
 {
     Py_ssize_t rank;
     const geometry_t *g = &self->g;
-    if (enter(self, "set_peer", nargs, 5) < 0 ||
+    if (enter_expert(self, "set_peer", nargs, 5) < 0 ||
         parse_index(args[0], "rank", of_attention ? g->num_attention : g->num_experts, &rank) < 0) {
         return NULL;
     }
@@ -242,7 +189,7 @@ ExpertEnd_drop_peer(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t rank;
     const geometry_t *g = &self->g;
-    if (enter(self, "drop_peer", nargs, 3) < 0) {
+    if (enter_expert(self, "drop_peer", nargs, 3) < 0) {
         return NULL;
     }
     int of_attention = PyObject_IsTrue(args[0]), absent = PyObject_IsTrue(args[2]);
@@ -266,7 +213,7 @@ ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t index, rows, pairs;
     const geometry_t *g = &self->g;
-    if (enter(self, "set_slot", nargs, 4) < 0 || parse_index(args[0], "index", num_arrival_slots(g), &index) < 0 ||
+    if (enter_expert(self, "set_slot", nargs, 4) < 0 || parse_index(args[0], "index", num_arrival_slots(g), &index) < 0 ||
         parse_index(args[2], "rows", g->rows_max + 1, &rows) < 0 ||
         parse_index(args[3], "pairs", pairs_max(g) + 1, &pairs) < 0) {
         return NULL;
@@ -298,7 +245,7 @@ static PyObject *
 ExpertEnd_look_again(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t index;
-    if (enter(self, "look_again", nargs, 1) < 0 ||
+    if (enter_expert(self, "look_again", nargs, 1) < 0 ||
         parse_index(args[0], "index", expert_cells(&self->g), &index) < 0) {
         return NULL;
     }
@@ -307,47 +254,7 @@ ExpertEnd_look_again(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* ---------------------------------------------------------------- results of a poll */
-
-typedef struct {
-    PyObject *arrivals, *problems; /* lists, NULL while empty */
-} found_t;
-
-static int
-append(PyObject **list, PyObject *entry)
-{
-    if (entry == NULL || (*list == NULL && (*list = PyList_New(0)) == NULL)) {
-        Py_XDECREF(entry);
-        return -1;
-    }
-    int outcome = PyList_Append(*list, entry);
-    Py_DECREF(entry);
-    return outcome;
-}
-
-static int
-report(found_t *found, int code, Py_ssize_t index, const uint64_t *words, uint64_t a, uint64_t b)
-{
-    return append(&found->problems,
-                  Py_BuildValue("inKKKK", code, index, (unsigned long long)words[0], (unsigned long long)words[1],
-                                (unsigned long long)a, (unsigned long long)b));
-}
-
 /* ---------------------------------------------------------------- arrivals */
-
-static inline int32_t
-load_word(const int32_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_RELAXED); /* read once: a peer may change it behind our back */
-}
-
-/* num_rows and num_pairs must fit the shape, and the event the cell. */
-static int
-fits(const geometry_t *g, const place_t *place, uint64_t event_id, uint64_t num_pairs, uint64_t num_rows)
-{
-    return num_rows <= (uint64_t)g->rows_max && num_pairs <= (uint64_t)pairs_max(g) &&
-           (event_id >> 16 & 15) == (uint64_t)place->microbatch;
-}
 
 static void
 dequantise_rows(const geometry_t *g, const char *source, slot_t *slot, Py_ssize_t num_rows)
@@ -438,188 +345,6 @@ open_arrival(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint
                                 (Py_ssize_t)num_rows, (Py_ssize_t)count));
 }
 
-/* ---------------------------------------------------------------- trampoline */
-
-static void
-finish(ExpertEnd *self, Py_ssize_t seat, Py_ssize_t microbatch, uint64_t w2)
-{
-    const geometry_t *g = &self->g;
-    relay_t *relay = &self->relays[seat * g->num_microbatches + microbatch];
-    const peer_t *guest = &self->attention[relay->guest];
-    relay->open = 0;
-    self->num_relays--;
-    if (guest->base == NULL) {
-        self->dropped++;
-        return;
-    }
-    self->by_stage[2]++;
-    push_cell(guest, g->num_experts * g->num_microbatches + microbatch, self->own.incarnation, &self->writes,
-              relay->event_id, w2, relay->echo);
-}
-
-/* Take the starts of a guest's pairs. -1: they do not lead from 0 to `count`. */
-static int
-read_starts(const geometry_t *g, const char *source, int32_t *starts, Py_ssize_t count)
-{
-    const int32_t *shared = (const int32_t *)(source + g->starts_at);
-    for (Py_ssize_t r = 0; r <= g->num_experts; r++) {
-        starts[r] = load_word(&shared[r]);
-        if (starts[r] < (r == 0 ? 0 : starts[r - 1])) {
-            return -1;
-        }
-    }
-    return starts[0] == 0 && starts[g->num_experts] == count ? 0 : -1;
-}
-
-static void
-copy_source(const geometry_t *g, char *own, const char *source, Py_ssize_t num_rows, Py_ssize_t count)
-{
-    copy_bytes(own, source, num_rows * row_bytes(g));
-    if (g->int8) {
-        copy_bytes(own + g->x_scale_at, source + g->x_scale_at, num_rows * 4);
-    }
-    copy_bytes(own + g->pair_row_at, source + g->pair_row_at, count * 4);
-    copy_bytes(own + g->pair_expert_at, source + g->pair_expert_at, count * 4);
-}
-
-static void
-forward(ExpertEnd *self, relay_t *relay, const place_t *place, uint64_t num_rows)
-{
-    const geometry_t *g = &self->g;
-    Py_ssize_t cell = (g->num_attention + relay->guest) * g->num_microbatches + place->microbatch;
-    for (Py_ssize_t i = 0; i < g->num_experts; i++) {
-        Py_ssize_t r = (g->rank + i) % g->num_experts;
-        uint64_t first = (uint64_t)relay->starts[r], count = (uint64_t)relay->starts[r + 1] - first;
-        relay->asked[r] = 0;
-        if (count > 0) {
-            self->by_stage[0]++;
-            relay->life[r] = self->experts[r].incarnation;
-            relay->num_pending++;
-            relay->asked[r] = push_cell(&self->experts[r], cell, self->own.incarnation, &self->writes,
-                                        relay->event_id, first << 32 | count, num_rows);
-        }
-    }
-}
-
-/* An attention rank hands over its rows: copy them, tell the owners. */
-static int
-enter_guest(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint64_t *words, found_t *found)
-{
-    const geometry_t *g = &self->g;
-    uint64_t count = words[2] & UINT32_MAX, num_rows = words[3];
-    if (words[2] >> 32 != 0 || !fits(g, place, words[1], count, num_rows)) {
-        return report(found, BAD_COUNTS, index, words, words[2], num_rows);
-    }
-    relay_t *relay = &self->relays[place->seat * g->num_microbatches + place->microbatch];
-    const char *source = managed_at(&self->attention[place->peer], place->microbatch * g->source_bytes);
-    self->num_relays -= (uint64_t)relay->open; /* an attempt that was given up */
-    relay->open = 0;
-    if (read_starts(g, source, relay->starts, (Py_ssize_t)count) < 0) {
-        return report(found, BAD_STARTS, index, words, count, 0);
-    }
-    Py_ssize_t dead = -1;
-    for (Py_ssize_t r = 0; r < g->num_experts; r++) {
-        if (relay->starts[r + 1] == relay->starts[r] || self->experts[r].base != NULL) {
-            continue;
-        }
-        if (!self->experts[r].absent) {
-            return report(found, MISSING_OWNER, index, words, (uint64_t)r, 0);
-        }
-        dead = r;
-    }
-    Py_ssize_t seat = place->seat * g->num_microbatches + place->microbatch;
-    *relay = (relay_t){1, place->peer, 0, words[1], words[0], relay->starts, relay->asked, relay->life};
-    self->num_relays++;
-    if (dead >= 0) {
-        finish(self, place->seat, place->microbatch, FAILED | (uint64_t)dead);
-        return 0;
-    }
-    char *own = managed_at(&self->own, g->seat_sources_at + seat * g->source_bytes);
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    FAULT("entered");
-    copy_source(g, own, source, (Py_ssize_t)num_rows, (Py_ssize_t)count);
-    FAULT("copied");
-    forward(self, relay, place, num_rows);
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    if (relay->num_pending == 0) {
-        finish(self, place->seat, place->microbatch, 0);
-    }
-    return 0;
-}
-
-/* An owner has answered: collect its rows; tell the guest after the last one. */
-static int
-collect(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint64_t *words, found_t *found)
-{
-    const geometry_t *g = &self->g;
-    Py_ssize_t owner = place->peer, seat = place->seat * g->num_microbatches + place->microbatch;
-    relay_t *relay = &self->relays[seat];
-    const peer_t *peer = &self->experts[owner];
-    if (!relay->open || words[1] != relay->event_id || words[3] == 0 || relay->asked[owner] != words[3] ||
-        peer->incarnation != relay->life[owner]) {
-        self->dropped++;
-        return 0;
-    }
-    Py_ssize_t first = relay->starts[owner], count = relay->starts[owner + 1] - first;
-    if (words[2] != (uint64_t)count) {
-        return report(found, BAD_ANSWER, index, words, words[2], (uint64_t)count);
-    }
-    Py_ssize_t theirs = (relay->guest * g->num_microbatches + place->microbatch) * g->result_bytes;
-    const char *src = managed_at(peer, theirs);
-    char *dst = managed_at(&self->own, g->seat_results_at + seat * g->result_bytes);
-    self->busy = 1;
-    Py_BEGIN_ALLOW_THREADS
-    copy_bytes(dst + first * row_bytes(g), src, count * row_bytes(g));
-    if (g->int8) {
-        copy_bytes(dst + g->y_scale_at + 4 * first, src + g->y_scale_at, 4 * count);
-    }
-    Py_END_ALLOW_THREADS
-    self->busy = 0;
-    FAULT("collected");
-    relay->asked[owner] = 0;
-    if (--relay->num_pending == 0) {
-        finish(self, place->seat, place->microbatch, (uint64_t)relay->starts[g->num_experts]);
-    }
-    return 0;
-}
-
-/* [(seat, microbatch, owner, incarnation)] of all owners that guests wait for. */
-static PyObject *
-ExpertEnd_awaited(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    const geometry_t *g = &self->g;
-    PyObject *list = enter(self, "awaited", nargs, 0) < 0 ? NULL : PyList_New(0);
-    for (Py_ssize_t i = 0; list != NULL && i < g->num_seats * g->num_microbatches; i++) {
-        for (Py_ssize_t r = 0; list != NULL && self->relays[i].open && r < g->num_experts; r++) {
-            if (self->relays[i].asked[r] != 0 &&
-                append(&list, Py_BuildValue("nnnK", i / g->num_microbatches, i % g->num_microbatches, r,
-                                            (unsigned long long)self->relays[i].life[r])) < 0) {
-                Py_CLEAR(list);
-            }
-        }
-    }
-    return list;
-}
-
-/* fail(seat, microbatch, owner): tell the guest that `owner` is dead. */
-static PyObject *
-ExpertEnd_fail(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    const geometry_t *g = &self->g;
-    Py_ssize_t seat, microbatch, owner;
-    if (enter(self, "fail", nargs, 3) < 0 || parse_index(args[0], "seat", g->num_seats, &seat) < 0 ||
-        parse_index(args[1], "microbatch", g->num_microbatches, &microbatch) < 0 ||
-        parse_index(args[2], "owner", g->num_experts, &owner) < 0) {
-        return NULL;
-    }
-    if (self->relays[seat * g->num_microbatches + microbatch].open) {
-        finish(self, seat, microbatch, FAILED | (uint64_t)owner);
-    }
-    Py_RETURN_NONE;
-}
-
 /* ---------------------------------------------------------------- polling */
 
 static int
@@ -684,7 +409,7 @@ drop_replaced(ExpertEnd *self, PyObject *arrivals)
 static PyObject *
 ExpertEnd_poll(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (enter(self, "poll", nargs, 0) < 0) {
+    if (enter_expert(self, "poll", nargs, 0) < 0) {
         return NULL;
     }
     uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
@@ -729,7 +454,7 @@ ExpertEnd_commit(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     const geometry_t *g = &self->g;
     Py_ssize_t index;
     uint64_t word;
-    if (enter(self, "commit", nargs, 2) < 0 || parse_index(args[0], "index", num_arrival_slots(g), &index) < 0 ||
+    if (enter_expert(self, "commit", nargs, 2) < 0 || parse_index(args[0], "index", num_arrival_slots(g), &index) < 0 ||
         parse_unsigned(args[1], "word", UINT64_MAX, &word) < 0) {
         return NULL;
     }
@@ -764,7 +489,7 @@ static PyObject *
 ExpertEnd_wait(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
     uint64_t timeout;
-    if (enter(self, "wait", nargs, 1) < 0 || parse_unsigned(args[0], "timeout_ns", INT64_MAX, &timeout) < 0) {
+    if (enter_expert(self, "wait", nargs, 1) < 0 || parse_unsigned(args[0], "timeout_ns", INT64_MAX, &timeout) < 0) {
         return NULL;
     }
     int rung;
