@@ -48,6 +48,7 @@ class ExpertEngine:
         self._table = table
         self._model = model
         self._owned = np.asarray(owned, np.int32)
+        self._is_owned = np.isin(np.arange(num_experts + 1), self._owned)
         self._num_experts = num_experts
         self._idle_beat_ns = idle_beat_ns
         self._stopping = threading.Event()
@@ -109,9 +110,11 @@ class ExpertEngine:
         return [a for a in arrivals if self._owns_all(a)]
 
     def _owns_all(self, arrival: Arrival) -> bool:
-        foreign = ~np.isin(arrival.pair_expert, self._owned)
-        if not foreign.any():
+        experts = arrival.pair_expert
+        is_known = experts.min(initial=0) >= 0 and experts.max(initial=0) <= self._num_experts
+        if is_known and self._is_owned[experts].all():
             return True
+        foreign = ~np.isin(experts, self._owned)
         what = f"expert {arrival.pair_expert[foreign][0]} does not live here"
         self._reject(
             SegmentCorrupt(what, rank="expert", peer=f"attention-{arrival.peer}", event_id=arrival.event_id)
@@ -131,8 +134,10 @@ class ExpertEngine:
         self.exchanges += len(arrivals)
 
     def _compute(self, arrivals: list[Arrival], group: PairGroup) -> None:
-        sources = np.unique(group.source)
-        picks = [(arrivals[s], group.pair[group.source == s]) for s in sources]
+        if len(arrivals) == 1:
+            picks = [(arrivals[0], group.pair)]
+        else:
+            picks = [(arrivals[s], group.pair[group.source == s]) for s in np.unique(group.source)]
         rows = [a.x[a.pair_row[pairs]] for a, pairs in picks]
         y = self._model.forward(
             group.layer, group.expert, rows[0] if len(rows) == 1 else np.concatenate(rows)
