@@ -7,8 +7,8 @@ way. Both are close to
     time = fixed + per_target * expert ranks + per_byte * bytes moved
 
 so three numbers per way, fitted to measurements on the machine at hand, decide. On the paper's hardware the
-writer of metadata is a weak scalar unit, so per_target is large and trampolines win at 288 targets; on a CPU
-they may never.
+writer of metadata is a weak scalar unit, so per_target is large and trampolines win at 288 targets. On a CPU whose
+cores all ranks share they were never faster (bus/README.md).
 """
 
 from __future__ import annotations
