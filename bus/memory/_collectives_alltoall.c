@@ -10,6 +10,7 @@
 
 #define LANES 3 /* pieces twice, done once */
 #define LANE_DONE 2
+#define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
 
 enum { PHASE_NONE, PHASE_ANNOUNCED, PHASE_COUNTED, PHASE_PULLED };
@@ -231,13 +232,18 @@ wait_for(AllToAll *self, Py_ssize_t lane, int num_lanes, uint64_t *found, int64_
     return awaited > 0 ? STATUS_WAITING : 0;
 }
 
-/* Check what every rank announced; 0 or STATUS_CORRUPT. */
+/* Check what every rank announced; 0 or a status. */
 static Py_ssize_t
 count_pieces(AllToAll *self)
 {
     uint64_t limit = (uint64_t)self->group.shared_bytes, total = 0;
     for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
         uint64_t place = self->found[2 * r] & ~ANSWER_ME, size = self->found[2 * r + 1];
+        if (place == WITHDRAWN) {
+            self->state[r] = MOVED_ON;
+            self->culprit = r;
+            return STATUS_MOVED_ON;
+        }
         if (r != self->group.rank && (size > limit || place > limit - size)) {
             self->culprit = r;
             return STATUS_CORRUPT;
@@ -428,7 +434,10 @@ AllToAll_abandon(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     if (self->phase != PHASE_NONE) {
-        take_back(self, (Py_ssize_t)((self->num_sent - 1) & 1));
+        for (Py_ssize_t i = 1; i < self->group.num_ranks; i++) { /* w0 = 0 comes before the caller's next byte */
+            Py_ssize_t r = group_other(&self->group, i), lane = (Py_ssize_t)((self->num_sent - 1) & 1);
+            group_tell(&self->group, r, lane, self->event_id, WITHDRAWN, 0);
+        }
     }
     self->phase = PHASE_NONE;
     drop_views(self);

@@ -49,7 +49,6 @@ dequantise_row(float *restrict dst, const int8_t *restrict src, float scale, Py_
 
 /* Sums of 64 neighbours of a row stay in registers while its slots are added. */
 typedef float lane_t __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t bytes_t __attribute__((vector_size(16), aligned(1), may_alias));
 #define LANE_FLOATS 16
 #define NUM_LANES 4
 
@@ -81,8 +80,6 @@ add_slots(float *restrict out, const float *const *rows, const float *weights, i
     }
 }
 
-#define TO_FLOATS(bytes) __builtin_convertvector(bytes, lane_t)
-
 VECTORISED void
 add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scales, const float *weights, int num,
                Py_ssize_t width)
@@ -91,11 +88,17 @@ add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scal
     for (; at + NUM_LANES * LANE_FLOATS <= width; at += NUM_LANES * LANE_FLOATS) {
         lane_t a = {0}, b = {0}, c = {0}, d = {0};
         for (int k = 0; k < num; k++) {
-            const bytes_t *row = (const bytes_t *)(rows[k] + at);
-            a = a + TO_FLOATS(row[0]) * scales[k] * weights[k];
-            b = b + TO_FLOATS(row[1]) * scales[k] * weights[k];
-            c = c + TO_FLOATS(row[2]) * scales[k] * weights[k];
-            d = d + TO_FLOATS(row[3]) * scales[k] * weights[k];
+            float values[NUM_LANES * LANE_FLOATS] __attribute__((aligned(64)));
+            const int8_t *row = rows[k] + at;
+            /* NOTE: a loop, because gcc 12 converts vectors of bytes one by one. */
+            for (int i = 0; i < NUM_LANES * LANE_FLOATS; i++) {
+                values[i] = (float)row[i] * scales[k];
+            }
+            const lane_t *lanes = (const lane_t *)values;
+            a = a + lanes[0] * weights[k];
+            b = b + lanes[1] * weights[k];
+            c = c + lanes[2] * weights[k];
+            d = d + lanes[3] * weights[k];
         }
         lane_t *sums = (lane_t *)(out + at);
         sums[0] = a;

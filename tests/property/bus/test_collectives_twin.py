@@ -9,11 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bus.clock import Deadline
 from bus.xccl import int8, reference
+from bus.xccl.alltoall import AllToAllShape
 from bus.xccl.cost import Route
 from bus.xccl.dispatch import DispatchShape
 from bus.xccl.event import Event
 from bus.xccl.relay_layout import RelayShape
+from tests.harness.alltoall_world import AllToAllWorld
 from tests.harness.dispatch_world import DispatchWorld, expert_product
 from tests.harness.relay_world import RelayWorld, routing
 
@@ -52,6 +55,34 @@ def test_dispatch_and_combine_equal_the_twin(shape: DispatchShape, data: st.Data
                 assert np.array_equal(result.expert_counts, counts)
                 assert result.x.tobytes() == x.tobytes()
                 assert out.tobytes() == expected.tobytes()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(num_ranks=st.integers(1, 5), data=st.data())
+def test_a_plain_all_to_all_equals_the_twin(num_ranks: int, data: st.DataObject) -> None:
+    dtype = np.dtype(data.draw(st.sampled_from(["u1", "i2", "f4", "c16"])))
+    width = data.draw(st.sampled_from([1, 3, 64]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    shape = AllToAllShape(num_ranks=num_ranks, stage_bytes=1 << 16, area_bytes=1 << 16)
+    with AllToAllWorld(shape) as world:
+        for step in range(1, 5):
+            counts = [rng.integers(0, 6, num_ranks) for _ in range(num_ranks)]
+            arrays = [rng.integers(0, 255, (int(c.sum()), width)).astype(dtype) for c in counts]
+            expected = reference.all_to_all(arrays, counts)
+            for rank in range(num_ranks):
+                if data.draw(st.booleans()):  # straight from the app area
+                    there = world.ranks[rank].area(arrays[rank].shape, dtype)
+                    there[:] = arrays[rank]
+                    arrays[rank] = there
+
+            def one(rank: int) -> Any:
+                side, event = world.ranks[rank], Event(step, 0)  # noqa: B023
+                deadline = Deadline.after_ms(20_000)
+                return side.exchange(arrays[rank], counts[rank], event=event, deadline=deadline)  # noqa: B023
+
+            for (rows, came), (twin_rows, twin_came) in zip(world.each(one), expected, strict=True):
+                assert rows.dtype == dtype and rows.tobytes() == twin_rows.tobytes()
+                assert np.array_equal(came, twin_came)
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
