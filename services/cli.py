@@ -12,7 +12,7 @@ from bus import config as settings
 from bus.config import PodConfig
 from bus.errors import BusError, ConfigError, ResourceError
 from bus.shutdown import EXIT_CONFIG, EXIT_FAILURE, EXIT_RESOURCE
-from services import cli_bench, cli_bench_model
+from services import cli_bench, cli_bench_model, cli_quantize
 
 EXIT_CODES = """\
 exit codes:
@@ -75,6 +75,8 @@ def _dispatch(options: argparse.Namespace, config: PodConfig) -> int:
             from services.doctor import doctor
 
             return doctor(config)
+        case "quantize":
+            return cli_quantize.quantize(options)
         case "bench" if options.subject == "bus":
             return cli_bench.bench(config, options)
         case "bench":
@@ -152,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         ("model", "the engine alone against transformers and llama.cpp", cli_bench_model.add_arguments),
     ):
         add_arguments(subjects.add_parser(subject, help=text, description=text, parents=[shared]))
+    cli_quantize.add_arguments(add("quantize", "write a checkpoint in INT8"))
     add("config", "print the settings that are in force, as TOML keys")
     return parser
 

@@ -12,6 +12,7 @@ the first kv_lora_rank columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -33,19 +34,28 @@ LATENT_NORM_EPS = 1e-6  # fixed by the architecture, whatever rms_norm_eps says
 class AttentionLayer(Protocol):
     """One layer's attention."""
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return its projections."""
+        ...
+
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:
         """Store the KV of rows x [T, hidden] and return their attention output [T, hidden]."""
         ...
 
 
 class Linear:
-    """A projection with an optional bias."""
+    """A projection with an optional bias. `watch`, if set, sees its name and every input."""
 
     def __init__(self, weights: Weights, name: str) -> None:
+        self.name = name
+        self.watch: Callable[[str, Float], None] | None = None
         self.weight = weights.matrix(f"{name}.weight")
         self.bias = weights.optional_vector(f"{name}.bias")
 
     def __call__(self, x: Float) -> Float:
+        if self.watch is not None:
+            self.watch(self.name, x)
         out = numerics.matmul_nt(x, self.weight)
         if self.bias is not None:
             out += self.bias
@@ -95,6 +105,11 @@ class GroupedQueryAttention:
             TensorSpec(f"{prefix}.q_norm.weight", (q_norm_dim,)),
             TensorSpec(f"{prefix}.k_norm.weight", (k_norm_dim,)),
         ]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """See `AttentionLayer`."""
+        return self._q, self._k, self._v, self._o
 
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:
         """See `AttentionLayer`."""
@@ -176,6 +191,12 @@ class LatentAttention:
                 f"{prefix}.o_proj", hidden, heads * mla.v_head_dim, bias=config.attention_output_bias
             ),
         ]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """See `AttentionLayer`."""
+        found = (self._q, self._kv_a, self._o)
+        return found if self._q_a is None else (self._q_a, *found)
 
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:
         """See `AttentionLayer`."""

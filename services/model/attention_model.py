@@ -57,7 +57,9 @@ class AttentionModel:
         self._embedding = weights.array("model.embed_tokens.weight")
         self._head = self._embedding if config.tie_word_embeddings else weights.array("lm_head.weight")
         self._final_norm = weights.vector("model.norm.weight")
-        self._layers = [_Layer(config, layer_idx, weights) for layer_idx in range(config.num_hidden_layers)]
+        self._layers = [
+            DecoderLayer(config, layer_idx, weights) for layer_idx in range(config.num_hidden_layers)
+        ]
 
     @classmethod
     def load(
@@ -138,7 +140,7 @@ class AttentionModel:
         )
 
 
-class _Layer:
+class DecoderLayer:
     """One decoder layer without its experts: a router, a dense MLP, or neither (a dense model's layer)."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
@@ -154,7 +156,7 @@ class _Layer:
 
 def attention_specs(config: ModelConfig) -> list[TensorSpec]:
     """Return all tensors of the attention half."""
-    specs = [spec for i in range(config.num_hidden_layers) for spec in _layer_specs(config, i)]
+    specs = [spec for i in range(config.num_hidden_layers) for spec in layer_specs(config, i)]
     specs.append(TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
     specs.append(TensorSpec("model.norm.weight", (config.hidden_size,)))
     if not config.tie_word_embeddings:
@@ -162,7 +164,8 @@ def attention_specs(config: ModelConfig) -> list[TensorSpec]:
     return specs
 
 
-def _layer_specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
+def layer_specs(config: ModelConfig, layer_idx: int) -> list[TensorSpec]:
+    """Return the tensors of one layer without those of its experts."""
     prefix = f"model.layers.{layer_idx}"
     attention = GroupedQueryAttention if config.mla is None else LatentAttention
     specs = [

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class Weights:
     def held_bytes(self) -> int:
         """Return the bytes of all tensors held."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def replaced(self, tensors: Mapping[str, numerics.AnyWeight]) -> Weights:
+        """Return these weights with those tensors in place of the ones of the same name."""
+        return Weights(
+            self._tensors | {(name, None): tensor for name, tensor in tensors.items()}, self.mapped_bytes
+        )
 
     def matrix(self, name: str) -> numerics.AnyWeight:
         """Return a tensor as stored, read only; bfloat16 as uint16, 8-bit ones with their factors."""

@@ -28,30 +28,33 @@ class CheckpointWriter:
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
-        self._open: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+        self._open: dict[str, tuple[str, tuple[int, ...], npt.NDArray[Any]]] = {}
         self._open_bytes = 0
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
-    def add(self, name: str, array: npt.NDArray[Any], dtype: str | None = None) -> None:
-        """Take a tensor; it must not change before its shard is written.
-
-        Args:
-            name: as in the checkpoint.
-            array: uint16 stands for bfloat16.
-            dtype: the format's name of the element type where NumPy's does not tell (F8_E4M3 stored as uint8).
+    def add(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Take a tensor; it must not change before its shard is written. uint16 stands for bfloat16.
 
         Raises:
-            ValueError: the name was added before, or the type has no name.
+            ValueError: the name was added before, or the type has no name in the format.
         """
-        kind = dtype or DTYPE_NAMES.get(array.dtype.name)
+        kind = DTYPE_NAMES.get(array.dtype.name)
         if kind is None:
             raise ValueError(f"tensor {name}: {array.dtype.name} has no name in safetensors here")
+        self.add_raw(name, kind, array.shape, array)
+
+    def add_raw(self, name: str, dtype: str, shape: tuple[int, ...], data: npt.NDArray[Any]) -> None:
+        """Take a tensor as stored elsewhere: `dtype` is the format's name, `data` its bytes in any shape.
+
+        Raises:
+            ValueError: the name was added before.
+        """
         if name in self._open or any(name in shard for shard in self._shards):
             raise ValueError(f"tensor {name}: was added before")
-        self._open[name] = (kind, array)
-        self._open_bytes += array.nbytes
-        self.total_bytes += array.nbytes
+        self._open[name] = (dtype, shape, data)
+        self._open_bytes += data.nbytes
+        self.total_bytes += data.nbytes
         if self._open_bytes >= self._shard_bytes:
             self._write_shard()
 
@@ -75,10 +78,10 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        for name, (kind, array) in self._open.items():
+        for name, (dtype, shape, array) in self._open.items():
             header[name] = {
-                "dtype": kind,
-                "shape": list(array.shape),
+                "dtype": dtype,
+                "shape": list(shape),
                 "data_offsets": [at, at + array.nbytes],
             }
             at += array.nbytes
@@ -86,7 +89,7 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 64)  # tensors of whole lines begin on one
         with self._partial(len(self._shards)).open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for _, array in self._open.values():
+            for _, _, array in self._open.values():
                 file.write(np.ascontiguousarray(array).data)
         self._shards.append(list(self._open))
         self._open, self._open_bytes = {}, 0

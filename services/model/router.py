@@ -21,7 +21,7 @@ class Router:
     def __init__(self, config: ModelConfig, layer_idx: int, weights: Weights) -> None:
         prefix, names = f"model.layers.{layer_idx}.{config.names.mlp}", config.names
         self._config = config
-        self._weight = weights.array(f"{prefix}.{names.gate}")
+        self.weight = weights.array(f"{prefix}.{names.gate}")
         self._correction_bias = weights.optional_vector(f"{prefix}.{names.correction_bias}")
         if self._correction_bias is None and config.scoring == "sigmoid":
             self._correction_bias = np.zeros(config.num_experts, dtype=np.float32)
@@ -35,11 +35,15 @@ class Router:
             specs.append(TensorSpec(f"{prefix}.{names.correction_bias}", (config.num_experts,)))
         return specs
 
+    def logits(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return [T, num_experts] of rows x [T, hidden], before scores and biases."""
+        return numerics.matmul_nt(x, self.weight)
+
     def route(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Return (topk_idx [T, top_k] int32, topk_weights [T, top_k] float32) of rows x [T, hidden]."""
         config = self._config
         return numerics.route(
-            numerics.matmul_nt(x, self._weight),
+            self.logits(x),
             top_k=config.top_k,
             correction_bias=self._correction_bias,
             n_group=config.n_group,

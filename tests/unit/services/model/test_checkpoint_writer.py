@@ -39,6 +39,6 @@ def test_refusals(tmp_path: Path) -> None:
         writer.add("a", np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="tensor b: complex64 has no name"):
         writer.add("b", np.zeros(3, np.complex64))
-    writer.add("e", np.zeros(3, np.uint8), "F8_E4M3")
+    writer.add_raw("e", "F8_E4M3", (3,), np.zeros(3, np.uint8))
     writer.finish()
     assert Checkpoint.open(tmp_path).tensors["e"].dtype == "F8_E4M3"
