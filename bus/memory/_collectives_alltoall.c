@@ -288,7 +288,9 @@ pull_pieces(AllToAll *self, char *out)
         const peer_t *peer = &group->peers[r];
         at = r == 0 ? 0 : at;
         const char *src = peer->base + peer->managed + (self->found[2 * r] & ~ANSWER_ME);
-        copy_piece(out + at, r == group->rank ? self->pieces[r].bytes : src, size);
+        if (size > 0) { /* without rows there may be no `out` */
+            copy_piece(out + at, r == group->rank ? self->pieces[r].bytes : src, size);
+        }
         at += size;
     }
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* SYNC: piece-torn */
