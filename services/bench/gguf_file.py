@@ -7,9 +7,10 @@ the `gguf` package.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import gguf
 import numpy as np
 
 from services.model import numerics
@@ -36,7 +37,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     if config.model_type != "qwen3_moe" or config.num_moe_layers != config.num_hidden_layers:
         raise ValueError(f"{folder}: only qwen3_moe with experts in every layer is written as GGUF")
     checkpoint = Checkpoint.open(folder)
-    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer = import_module("gguf").GGUFWriter(path, "qwen3moe")  # an extra
     _add_config(writer, config)
     for name, theirs in {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}.items():
         writer.add_tensor(f"{theirs}.weight", _tensor(checkpoint, f"{name}.weight"))
@@ -58,7 +59,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.close()
 
 
-def _add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+def _add_config(writer: Any, config: ModelConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

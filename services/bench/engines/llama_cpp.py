@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from importlib import import_module
+from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from services.bench.engines.serving import Ids, serve
@@ -17,28 +18,29 @@ class LlamaCppEngine:
     """A context whose sequences are the batch."""
 
     def __init__(self, path: str, threads: int) -> None:
+        self._api: Any = import_module("llama_cpp")  # an extra
         self._threads = threads
-        llama_cpp.llama_backend_init()
-        parameters = llama_cpp.llama_model_default_params()
+        self._api.llama_backend_init()
+        parameters = self._api.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+        self._model = self._api.llama_model_load_from_file(path.encode(), parameters)
         if not self._model:
             raise RuntimeError(f"llama.cpp refuses {path}")
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
-        self._context = None
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self.vocab_size = int(self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model)))
+        self._context: Any = None
+        self._batch = self._api.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     def reset(self, batch: int, num_tokens: int) -> None:
         """See `Engine`."""
         if self._context is not None:
-            llama_cpp.llama_free(self._context)
-        parameters = llama_cpp.llama_context_default_params()
+            self._api.llama_free(self._context)
+        parameters = self._api.llama_context_default_params()
         parameters.n_seq_max = batch
         parameters.n_ctx = batch * (-(-num_tokens // 256) * 256)
         parameters.n_batch = parameters.n_ubatch = BATCH_TOKENS
         parameters.n_threads = parameters.n_threads_batch = self._threads
-        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
-        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
+        parameters.type_k = parameters.type_v = self._api.GGML_TYPE_F32
+        self._context = self._api.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise RuntimeError(f"llama.cpp makes no context for {batch} sequences of {num_tokens} tokens")
 
@@ -64,11 +66,11 @@ class LlamaCppEngine:
             batch.token[i], batch.pos[i], batch.logits[i] = int(token), int(position), want
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = int(sequence)
-        if llama_cpp.llama_decode(self._context, batch) != 0:
+        if self._api.llama_decode(self._context, batch) != 0:
             raise RuntimeError("llama_decode failed")
 
     def _best(self, row: int) -> int:
-        logits = llama_cpp.llama_get_logits_ith(self._context, row)
+        logits = self._api.llama_get_logits_ith(self._context, row)
         pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
         return int(np.ctypeslib.as_array(pointer, (self.vocab_size,)).argmax())
 
