@@ -4,9 +4,10 @@
 
 For each variant of a family a new random checkpoint is made (with the interpreter given, which has torch and
 transformers) together with transformers' greedy tokens of 20 prompts. Then, for 1 and 2 DP groups and 1, 2 and 4 expert
-workers (for the lesser variants one topology), a pod serves it, and the official `openai` client streams each prompt as
-a chat and as token ids, alone and 32 at once. Token ids must equal transformers'; log-probabilities must have the very
-bits of the monolithic oracle. Prints one line per pod and ends with exit code 1 if anything differed.
+workers (for the lesser variants one topology), a pod serves it, one more serves it in INT8, and the official `openai`
+client streams each prompt as a chat and as token ids, alone and 32 at once. Token ids must equal transformers' (in
+INT8: the monolithic oracle's); log-probabilities must have the very bits of the oracle. Prints one line per pod and
+ends with exit code 1 if anything differed.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import openai
 
+from bus.control.messages import SamplingParams
+from services.model.config import load_config
 from services.model.reference import ReferenceModel
 from services.model.sampling import token_logprob
+from services.quantize.layer import Recipe
+from services.quantize.quantizer import quantize
 from tests.harness.pod import running_pod
 
 MAIN = (
@@ -135,26 +141,39 @@ def topologies(variant: str) -> list[tuple[int, int]]:
 
 
 def run_variant(variant: str, python: str, seed: int) -> int:
-    """Make the variant's checkpoint and run its pods; return the number of problems."""
-    count = 0
+    """Make the variant's checkpoint and run its pods, then one in INT8; return the number of problems."""
     with tempfile.TemporaryDirectory(prefix="xds-parity-") as folder:
-        checkpoint = Path(folder) / "random"
+        checkpoint, int8 = Path(folder) / "random", Path(folder) / "int8" / "random"
         cases = make_checkpoint(python, variant, checkpoint, seed)
-        model = ReferenceModel.load(checkpoint)
-        for dp_groups, expert_workers in topologies(variant):
-            started = time.monotonic()
-            with running_pod(checkpoint, dp_groups=dp_groups, expert_workers=expert_workers) as pod:
-                problems = asyncio.run(compare(pod.url, cases, model))
-            verdict = "equal" if not problems else f"{len(problems)} DIFFER"
-            print(
-                f"{variant} dp_groups={dp_groups} expert_workers={expert_workers} seed={seed}: "
-                f"{NUM_PROMPTS} alone, {NUM_TOGETHER} at once: {verdict} ({time.monotonic() - started:.1f} s)",
-                flush=True,
-            )
-            for problem in problems[:5]:
-                print(f"    {problem}")
-            count += len(problems)
-    return count
+        count = sum(run_pod(variant, checkpoint, cases, topology, seed) for topology in topologies(variant))
+        token_ids = np.random.default_rng(seed).integers(0, load_config(checkpoint).vocab_size, (6, 64))
+        quantize(checkpoint, int8, token_ids, Recipe(), lambda *_: None)
+        return count + run_pod(f"{variant} in INT8", int8, oracle_cases(int8, cases), (2, 4), seed)
+
+
+def oracle_cases(checkpoint: Path, cases: list[Case]) -> list[Case]:
+    """Return the same prompts with the greedy tokens of the monolithic oracle."""
+    model = ReferenceModel.load(checkpoint)
+    return [
+        (prompt, model.generate(prompt, SamplingParams(max_tokens=len(greedy), temperature=0.0)))
+        for prompt, greedy in cases
+    ]
+
+
+def run_pod(name: str, checkpoint: Path, cases: list[Case], topology: tuple[int, int], seed: int) -> int:
+    """Serve a checkpoint with (DP groups, expert workers) and compare; return the number of problems."""
+    (dp_groups, expert_workers), started = topology, time.monotonic()
+    with running_pod(checkpoint, dp_groups=dp_groups, expert_workers=expert_workers) as pod:
+        problems = asyncio.run(compare(pod.url, cases, ReferenceModel.load(checkpoint)))
+    verdict = "equal" if not problems else f"{len(problems)} DIFFER"
+    print(
+        f"{name} dp_groups={dp_groups} expert_workers={expert_workers} seed={seed}: "
+        f"{NUM_PROMPTS} alone, {NUM_TOGETHER} at once: {verdict} ({time.monotonic() - started:.1f} s)",
+        flush=True,
+    )
+    for problem in problems[:5]:
+        print(f"    {problem}")
+    return len(problems)
 
 
 def main() -> int:

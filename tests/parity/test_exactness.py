@@ -1,4 +1,5 @@
-"""The exactness matrix: family x alone or among 32 x seed. Tokens and logits of a sequence have the same bits.
+"""The exactness matrix: family x INT8 or as stored x alone or among 32 x seed. A sequence's tokens and logits have the
+same bits everywhere.
 
 The batch is run the way a pod runs it: continuous batching over shuffled paged blocks with chunked prefill, so that
 every step mixes prompts and single tokens, and experts split over three holders.
@@ -17,6 +18,8 @@ import pytest
 from bus.control.messages import SamplingParams
 from services.model import AttentionModel, Batch, ExpertModel, KvCache, ReferenceModel, load_config
 from services.model.sampling import sample
+from services.quantize.layer import Recipe
+from services.quantize.quantizer import quantize
 from tests.parity.test_goldens import GOLDENS, NAMES, golden_prompts, split_forward
 
 NUM_SEQUENCES = 32
@@ -57,16 +60,21 @@ class Split:
     prompts: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def split(request: pytest.FixtureRequest) -> Iterator[Split]:
-    folder = GOLDENS / request.param
+@pytest.fixture(scope="module", params=[(name, int8) for name in NAMES for int8 in (False, True)], ids=str)
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
+    name, int8 = request.param
+    golden = folder = GOLDENS / name
+    if int8:
+        folder = tmp_path_factory.mktemp("quantized") / name
+        token_ids = np.random.default_rng(3).integers(0, load_config(golden).vocab_size, (4, 40))
+        quantize(golden, folder, token_ids, Recipe(), lambda *_: None)
     config = load_config(folder)
     experts = [
         ExpertModel.load(folder, config, range(rank, config.num_experts, 3), shared=config.has_shared_expert)
         for rank in range(3)
     ]
     yield Split(
-        AttentionModel.load(folder, config), experts, ReferenceModel.load(folder), golden_prompts(folder)
+        AttentionModel.load(folder, config), experts, ReferenceModel.load(folder), golden_prompts(golden)
     )
 
 
