@@ -43,14 +43,14 @@ setup(
         Extension(
             "services.model._kernels",
             ["services/model/_kernels.c"],
-            depends=["services/model/_kernels_impl.h", "services/model/_arguments.h"],
+            depends=[f"services/model/_{name}.h" for name in ("kernels_impl", "arguments", "quantise_row")],
             extra_compile_args=COMPILE_ARGS,
             libraries=["m"],
         ),
         Extension(
             "services.model._int8",
             ["services/model/_int8.c"],
-            depends=["services/model/_arguments.h"],
+            depends=["services/model/_arguments.h", "services/model/_quantise_row.h"],
             extra_compile_args=COMPILE_ARGS,
         ),
     ]

@@ -52,6 +52,12 @@ class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cache_tokens: int = 16384  # KV cache of one DP group, in tokens
 
 
+class AttentionConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Attention workers."""
+
+    kv_cache_dtype: str = "auto"  # auto (float32) or int8: latents of MLA in INT8, rotated keys in float32
+
+
 class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Data plane."""
 
@@ -61,6 +67,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     peer_wait_timeout_ms: int = 60_000  # how long a step waits for a dead peer's next incarnation
     num_lanes: int = 1  # threads that share the copy of a large array
     shared_bytes_max: int = 4 * 1024**3  # sum of all segments of the pod
+    int8: str = "false"  # true: rows between attention and experts travel as INT8
     route_costs_ns: str = ""  # what A2E/E2A costs (bus/xccl/cost.py); "" = never through trampolines
 
 
@@ -111,6 +118,7 @@ class PodConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     topology: TopologyConfig = TopologyConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     kv: KvConfig = KvConfig()
+    attention: AttentionConfig = AttentionConfig()
     xccl: XcclConfig = XcclConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()
     launcher: LauncherConfig = LauncherConfig()

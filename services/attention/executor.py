@@ -105,6 +105,7 @@ class StepExecutor:
         return {
             **asdict(self.counters),
             "trampoline_exchanges": self._side.stats()["trampoline_exchanges"],
+            "kv_cache_bytes": self._kv.array.nbytes,
             "held_weight_bytes": self._model.weights.held_bytes,
             "held_expert_tensors": sum("experts." in name for name in self._model.weights.tensor_names),
         }

@@ -87,6 +87,7 @@ def load_model(config: PodConfig, model_config: ModelConfig, member: Member) -> 
         settings.model_path(config),
         model_config,
         progress=lambda done, total: member.set_detail(f"loading weights {done}/{total}"),
+        kv_cache_dtype=config.attention.kv_cache_dtype,
     )
 
 

@@ -16,6 +16,7 @@
 #endif
 
 #include "_arguments.h"
+#include "_quantise_row.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -60,7 +61,14 @@ typedef struct {
     const int32_t *block_tables, *seq_of_row, *positions;
     ptrdiff_t table_stride, block_tokens, num_heads, num_kv_heads, k_dim, v_dim;
     float scale;
+    const char *latent; /* instead of k and v: rows of latent_row_t, written out block by block */
+    ptrdiff_t latent_stride_b, latent_stride_t; /* bytes */
+    float *block; /* [block_tokens, k_dim], scratch for `latent` */
 } paged_attention_t;
+
+/* A row of the INT8 cache of latent attention, in bytes: rank int8 | padding to 4 | scale | rope floats. */
+#define LATENT_SCALE_AT(rank) (((rank) + 3) / 4 * 4)
+#define LATENT_ROPE_AT(rank) (LATENT_SCALE_AT(rank) + (ptrdiff_t)sizeof(float))
 
 typedef struct {
     void (*matmul_nt)(const float *, ptrdiff_t, const void *, ptrdiff_t, int, float *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
@@ -510,6 +518,15 @@ static int check_rows(arguments *args, const array *cache, const array *tables, 
     return 1;
 }
 
+/* Whether rows of `width` floats, `rank` of them latent, fill the rows of an INT8 cache. */
+static int check_latent(arguments *args, Py_ssize_t rank, Py_ssize_t width, const array *cache)
+{
+    if (rank >= 1 && rank <= width)
+        return need(args, "cache", cache, 2, LATENT_ROPE_AT(rank) + (width - rank) * (Py_ssize_t)sizeof(float));
+    PyErr_Format(PyExc_ValueError, "%s: rank %zd must be in 1..%zd", args->function, rank, width);
+    return 0;
+}
+
 /* x [T, KVH, D], cache [num_blocks, block_tokens, KVH, D], block_tables [S, max_blocks], seq_of_row [T],
  * positions [T]: copy each row to its slot. */
 static PyObject *kv_store(PyObject *self, PyObject *const *objects, Py_ssize_t count)
@@ -534,14 +551,48 @@ static PyObject *kv_store(PyObject *self, PyObject *const *objects, Py_ssize_t c
     return finish(&args, ok);
 }
 
-static int attend_rows(const paged_attention_t *a, Py_ssize_t num_rows)
+/* x [T, rank + rope], rank, cache [num_blocks, block_tokens, row bytes] uint8, block_tables [S, max_blocks], seq_of_row
+ * [T], positions [T]: round each row's latent to INT8 and put the row into its slot. */
+static PyObject *latent_store(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "latent_store"};
+    array x, cache, tables, seqs, positions;
+    if (!need_count(args.function, count, 6))
+        return NULL;
+    Py_ssize_t rank = PyLong_AsSsize_t(objects[1]);
+    if (rank == -1 && PyErr_Occurred())
+        return NULL;
+    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) && take(&args, objects[2], "cache", 'B', 3, 1, &cache) &&
+             take(&args, objects[3], "block_tables", 'i', 2, 0, &tables) &&
+             take(&args, objects[4], "seq_of_row", 'i', 1, 0, &seqs) &&
+             take(&args, objects[5], "positions", 'i', 1, 0, &positions) && check_latent(&args, rank, x.shape[1], &cache) &&
+             check_rows(&args, &cache, &tables, &seqs, &positions, x.shape[0], 0);
+    for (Py_ssize_t t = 0; ok && t < x.shape[0]; t++) {
+        int32_t seq = ((const int32_t *)seqs.data)[t], position = ((const int32_t *)positions.data)[t];
+        Py_ssize_t block = ((const int32_t *)tables.data)[seq * tables.stride[0] + position / cache.shape[1]];
+        uint8_t *slot = (uint8_t *)cache.data + block * cache.stride[0] + position % cache.shape[1] * cache.stride[1];
+        const float *row = (const float *)x.data + t * x.stride[0];
+        float scale;
+        quantise_row(row, slot, &scale, rank, LATENT_SCALE_AT(rank));
+        for (Py_ssize_t i = 0; i < LATENT_SCALE_AT(rank); i++)
+            slot[i] = (uint8_t)(slot[i] - 128);
+        memcpy(slot + LATENT_SCALE_AT(rank), &scale, sizeof scale);
+        memcpy(slot + LATENT_ROPE_AT(rank), row + rank, (x.shape[1] - rank) * sizeof(float));
+    }
+    return finish(&args, ok);
+}
+
+static int attend_rows(paged_attention_t *a, Py_ssize_t num_rows)
 {
     Py_ssize_t rep = a->num_heads / a->num_kv_heads, rows_max = rep < GROUP_ROWS ? GROUP_ROWS / rep : 1, longest = 1;
     for (Py_ssize_t t = 0; t < num_rows; t++)
         longest = a->positions[t] + 1 > longest ? a->positions[t] + 1 : longest;
-    float *scratch = malloc(rows_max * rep * (longest + a->k_dim + a->v_dim + 1) * sizeof(float));
+    Py_ssize_t num_floats = rows_max * rep * (longest + a->k_dim + a->v_dim + 1);
+    Py_ssize_t block_floats = a->latent != NULL ? a->block_tokens * a->k_dim : 0;
+    float *scratch = malloc((num_floats + block_floats) * sizeof(float));
     if (scratch == NULL)
         return 0;
+    a->block = scratch + num_floats;
     float *q = scratch, *scores = q + rows_max * rep * a->k_dim, *acc = scores + rows_max * rep * longest;
     for (Py_ssize_t t = 0, rows; t < num_rows; t += rows) {
         for (rows = 1; rows < rows_max && t + rows < num_rows && a->seq_of_row[t + rows] == a->seq_of_row[t]; rows++)
@@ -599,6 +650,49 @@ static PyObject *paged_attention(PyObject *self, PyObject *const *objects, Py_ss
     return finish(&args, ok);
 }
 
+/* q [T, H, rank + rope], rank, cache [num_blocks, block_tokens, row bytes] uint8, block_tables [S, max_blocks],
+ * seq_of_row [T], positions [T], scale, out [T, H, rank]: `paged_attention` over the rows written out in float32. */
+static PyObject *latent_attention(PyObject *self, PyObject *const *objects, Py_ssize_t count)
+{
+    arguments args = {.function = "latent_attention"};
+    array q, cache, tables, seqs, positions, out;
+    if (!need_count(args.function, count, 8))
+        return NULL;
+    Py_ssize_t rank = PyLong_AsSsize_t(objects[1]);
+    double scale = PyFloat_AsDouble(objects[6]);
+    if (PyErr_Occurred())
+        return NULL;
+    int ok = take(&args, objects[0], "q", 'f', 3, 0, &q) && take(&args, objects[2], "cache", 'B', 3, 0, &cache) &&
+             take(&args, objects[3], "block_tables", 'i', 2, 0, &tables) &&
+             take(&args, objects[4], "seq_of_row", 'i', 1, 0, &seqs) &&
+             take(&args, objects[5], "positions", 'i', 1, 0, &positions) &&
+             take(&args, objects[7], "out", 'f', 3, 1, &out) && check_latent(&args, rank, q.shape[2], &cache) &&
+             need(&args, "out", &out, 0, q.shape[0]) && need(&args, "out", &out, 1, q.shape[1]) &&
+             need(&args, "out", &out, 2, rank) && check_rows(&args, &cache, &tables, &seqs, &positions, q.shape[0], 1);
+    if (ok && q.shape[1] < 1) {
+        PyErr_Format(PyExc_ValueError, "latent_attention: q must have heads");
+        ok = 0;
+    }
+    if (!ok)
+        return finish(&args, 0);
+    paged_attention_t a = {
+        .q = q.data, .out = out.data, .latent = cache.data,
+        .q_stride_t = q.stride[0], .q_stride_h = q.stride[1],
+        .out_stride_t = out.stride[0], .out_stride_h = out.stride[1],
+        .latent_stride_b = cache.stride[0], .latent_stride_t = cache.stride[1],
+        .k_stride_t = q.shape[2], .v_stride_t = q.shape[2],
+        .block_tables = tables.data, .seq_of_row = seqs.data, .positions = positions.data,
+        .table_stride = tables.stride[0], .block_tokens = cache.shape[1], .num_heads = q.shape[1],
+        .num_kv_heads = 1, .k_dim = q.shape[2], .v_dim = rank, .scale = (float)scale,
+    };
+    Py_BEGIN_ALLOW_THREADS;
+    ok = attend_rows(&a, q.shape[0]);
+    Py_END_ALLOW_THREADS;
+    if (!ok)
+        PyErr_NoMemory();
+    return finish(&args, ok);
+}
+
 /* ------------------------------------------------------------------ module */
 
 static PyObject *instruction_set(PyObject *self, PyObject *Py_UNUSED(ignored))
@@ -647,6 +741,8 @@ static PyMethodDef methods[] = {
     FAST(route),
     FAST(kv_store),
     FAST(paged_attention),
+    FAST(latent_store),
+    FAST(latent_attention),
     {"instruction_set", instruction_set, METH_NOARGS, NULL},
     {"select_instruction_set", select_instruction_set, METH_O, NULL},
     {NULL, NULL, 0, NULL},

@@ -42,5 +42,19 @@ def paged_attention(
     out: _Array,
     /,
 ) -> None: ...
+def latent_store(
+    x: _Array, rank: int, cache: _Array, block_tables: _Array, seq_of_row: _Array, positions: _Array, /
+) -> None: ...
+def latent_attention(
+    q: _Array,
+    rank: int,
+    cache: _Array,
+    block_tables: _Array,
+    seq_of_row: _Array,
+    positions: _Array,
+    scale: float,
+    out: _Array,
+    /,
+) -> None: ...
 def instruction_set() -> str: ...
 def select_instruction_set(name: str, /) -> None: ...

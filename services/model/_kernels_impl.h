@@ -423,6 +423,29 @@ static void FN(sigmoid_row)(float *s, ptrdiff_t n)
 
 /* ------------------------------------------------------------------ paged attention */
 
+/* The first `n` rows of an INT8 block in float32, [n, k_dim]: float(q) * scale, and the rope part as it is. */
+static const float *FN(write_out)(const paged_attention_t *a, int32_t block, ptrdiff_t n)
+{
+    const char *row = a->latent + block * a->latent_stride_b;
+    float *out = a->block;
+    for (ptrdiff_t t = 0; t < n; t++, row += a->latent_stride_t, out += a->k_dim) {
+        ptrdiff_t rank = a->v_dim, i = 0;
+        float scale;
+        memcpy(&scale, row + LATENT_SCALE_AT(rank), sizeof scale);
+        for (; i + LANES <= rank; i += LANES) {
+            b8 bytes;
+            memcpy(&bytes, row + i, sizeof bytes);
+            bytes ^= 128; /* q + 128, which has no sign to extend */
+            i8x32 q = (i8x32)WIDEN_U8(bytes) - 128;
+            FN(store)(out + i, __builtin_convertvector(q, v8) * FN(splat)(scale));
+        }
+        for (; i < rank; i++)
+            out[i] = (float)((const int8_t *)row)[i] * scale;
+        memcpy(out + rank, row + LATENT_ROPE_AT(rank), (a->k_dim - rank) * sizeof(float));
+    }
+    return a->block;
+}
+
 /* `rows` query rows of one sequence against one KV head; see paged_attention_t. Scores of the blocks that every row
  * sees whole are computed together, the rest row by row: the chains per element are the same either way. */
 static void FN(attend_group)(const paged_attention_t *a, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t kv_head, float *q,
@@ -441,7 +464,9 @@ static void FN(attend_group)(const paged_attention_t *a, ptrdiff_t row, ptrdiff_
     }
     ptrdiff_t shared_blocks = shortest / bt;
     for (ptrdiff_t b = 0; b * bt < longest; b++) {
-        const float *k = a->k + table[b] * a->k_stride_b + kv_head * a->k_stride_h;
+        ptrdiff_t held = longest - b * bt < bt ? longest - b * bt : bt;
+        const float *k = a->latent != NULL ? FN(write_out)(a, table[b], held)
+                                         : a->k + table[b] * a->k_stride_b + kv_head * a->k_stride_h;
         for (ptrdiff_t r = 0; r < rows; r += b < shared_blocks ? rows : 1) {
             ptrdiff_t n = a->positions[row + r] + 1 - b * bt, many = b < shared_blocks ? rows : 1;
             if (n <= 0)
@@ -457,7 +482,9 @@ static void FN(attend_group)(const paged_attention_t *a, ptrdiff_t row, ptrdiff_
                 FN(softmax_terms)(scores + (r * rep + h) * longest, a->scale, a->positions[row + r] + 1);
     memset(acc, 0, rows * rep * a->v_dim * sizeof(float));
     for (ptrdiff_t b = 0; b * bt < longest; b++) {
-        const float *v = a->v + table[b] * a->v_stride_b + kv_head * a->v_stride_h;
+        ptrdiff_t held = longest - b * bt < bt ? longest - b * bt : bt;
+        const float *v = a->latent != NULL ? FN(write_out)(a, table[b], held)
+                                         : a->v + table[b] * a->v_stride_b + kv_head * a->v_stride_h;
         for (ptrdiff_t r = 0; r < rows; r += b < shared_blocks ? rows : 1) {
             ptrdiff_t n = a->positions[row + r] + 1 - b * bt, many = b < shared_blocks ? rows : 1;
             if (n <= 0)

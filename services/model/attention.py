@@ -7,7 +7,8 @@ over all heads at once (minimax_m2) or not at all (llama); the first `rope.dim` 
 shared by all heads. It always runs in absorbed form, in prefill too, so that computing a position again gives
 the same bits: q_nope . (W_UK c) = (q_nope W_UK) . c, and the weighted sum of values W_UV c is W_UV applied to
 the weighted sum of c. Attention is so one KV head of width kv_lora_rank + qk_rope_head_dim, whose values are
-the first kv_lora_rank columns.
+the first kv_lora_rank columns. With an INT8 cache a row attends to its own latent as rounded, too, so that a
+prompt computed again, in other chunks, gives the same bits.
 """
 
 from __future__ import annotations
@@ -200,12 +201,16 @@ class LatentAttention:
 
     def forward(self, x: Float, angles: Angles, batch: Batch, kv: KvCache) -> Float:
         """See `AttentionLayer`."""
-        k_cache, v_cache = kv.k(self._layer_idx), kv.v(self._layer_idx)
         where = (batch.block_tables, batch.seq_of_row, batch.positions)
-        numerics.kv_store(self._cache_rows(x, angles), k_cache, *where)
-        attended = numerics.paged_attention(
-            self._queries(x, angles), k_cache, v_cache, *where, scale=self._scale
-        )
+        rows, queries = self._cache_rows(x, angles), self._queries(x, angles)
+        if kv.spec.is_int8:
+            rank, latent = self._mla.kv_lora_rank, kv.latent_rows(self._layer_idx)
+            numerics.latent_store(rows[:, 0], rank, latent, *where)
+            attended = numerics.latent_attention(queries, rank, latent, *where, scale=self._scale)
+        else:
+            k_cache, v_cache = kv.k(self._layer_idx), kv.v(self._layer_idx)
+            numerics.kv_store(rows, k_cache, *where)
+            attended = numerics.paged_attention(queries, k_cache, v_cache, *where, scale=self._scale)
         values = np.empty((len(x), self._num_heads, self._mla.v_head_dim), dtype=np.float32)
         numerics.matmul_nt(attended.transpose(1, 0, 2), self._w_uv, values.transpose(1, 0, 2))
         return self._o(values.reshape(len(x), -1))

@@ -49,10 +49,10 @@ class MoeInput:
 class AttentionModel:
     """Embedding, attention, gates, dense layers and head over mapped weights. Holds no expert weight."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, kv_cache_dtype: str = "auto") -> None:
         self.config = config
         self.weights = weights
-        self.kv_spec = KvSpec.of(config)
+        self.kv_spec = KvSpec.of(config, kv_cache_dtype)
         self._rope = RopeTable(config.rope)
         self._embedding = weights.array("model.embed_tokens.weight")
         self._head = self._embedding if config.tie_word_embeddings else weights.array("lm_head.weight")
@@ -63,7 +63,12 @@ class AttentionModel:
 
     @classmethod
     def load(
-        cls, folder: str | Path, config: ModelConfig, progress: Progress | None = None
+        cls,
+        folder: str | Path,
+        config: ModelConfig,
+        progress: Progress | None = None,
+        *,
+        kv_cache_dtype: str = "auto",
     ) -> AttentionModel:
         """Map the weights of the attention half.
 
@@ -71,14 +76,16 @@ class AttentionModel:
             folder: the checkpoint.
             config: from `load_config` of the same folder.
             progress: called with (tensors mapped, tensors in total).
+            kv_cache_dtype: what `allocate_kv` makes, see `KvSpec.of`.
 
         Raises:
-            ConfigError: the checkpoint is damaged or does not fit the config. The whole checkpoint's headers are
-                checked, the experts' too.
+            ConfigError: `kv_cache_dtype` does not fit the model; the checkpoint is damaged or does not fit the config.
+                The whole checkpoint's headers are checked, the experts' too.
         """
         checkpoint, specs = Checkpoint.open(folder, config.quantization), attention_specs(config)
         check_inventory(checkpoint, config, specs)
-        return cls(config, checkpoint.load(specs, progress))
+        KvSpec.of(config, kv_cache_dtype)  # refuse it before the weights are read
+        return cls(config, checkpoint.load(specs, progress), kv_cache_dtype)
 
     def kv_bytes(self, num_blocks: int, block_tokens: int) -> int:
         """Return the size of a buffer for so many blocks."""

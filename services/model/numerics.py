@@ -184,6 +184,36 @@ def paged_attention(
     return out
 
 
+def latent_store(
+    x: Float, rank: int, cache: npt.NDArray[np.uint8], block_tables: Int, seq_of_row: Int, positions: Int
+) -> None:
+    """Put rows x [T, rank + rope] into their slots of an INT8 cache, their first `rank` columns rounded.
+
+    cache: [num_blocks, block_tokens, row bytes] uint8, see `kv_cache`. A row's scale is max|x| / 127 over the latent;
+    NaN or inf in the latent makes the scale NaN. The rounding is that of `int8.quantise_rows`.
+    """
+    _kernels.latent_store(x, rank, cache, block_tables, seq_of_row, positions)
+
+
+def latent_attention(
+    q: Float,
+    rank: int,
+    cache: npt.NDArray[np.uint8],
+    block_tables: Int,
+    seq_of_row: Int,
+    positions: Int,
+    *,
+    scale: float,
+) -> Float:
+    """Return [T, H, rank]: `paged_attention` of q [T, H, rank + rope] over an INT8 cache.
+
+    The bits are those of the same rows in float32, the latent as float32(q) * scale; blocks are written out one by one.
+    """
+    out = np.empty((q.shape[0], q.shape[1], rank), dtype=np.float32)
+    _kernels.latent_attention(q, rank, cache, block_tables, seq_of_row, positions, scale, out)
+    return out
+
+
 def dense(w: AnyWeight) -> Weight:
     """Return a weight as an array: as it is, or written out in float32 if it is in 8 bits."""
     if isinstance(w, Int8Matrix):

@@ -130,6 +130,23 @@ def paged_attention(
     return out
 
 
+def latent_rows(cache: Array, rank: int) -> Array:
+    """Return the rows of an INT8 cache [num_blocks, block_tokens, row bytes] in float32, [.., 1, rank + rope]."""
+    scale_at = -(-rank // 4) * 4
+    q = cache[..., :rank].view(np.int8).astype(np.float32)
+    scale, rope = np.split(np.ascontiguousarray(cache[..., scale_at:]).view(np.float32), [1], axis=-1)
+    return np.concatenate([q * scale, rope], axis=-1)[:, :, None]
+
+
+def latent_row(x: Array, rank: int) -> Array:
+    """Return the bytes [row bytes] uint8 that `numerics.latent_store` keeps of a row x [rank + rope]."""
+    q, scale = int8_rows(x[None, :rank])
+    latent = np.zeros(-(-rank // 4) * 4, np.int8)
+    latent[:rank] = q[0]
+    parts = (latent, scale, x[rank:].astype(np.float32))
+    return np.concatenate([part.view(np.uint8) for part in parts])
+
+
 def int8_rows(x: Array) -> tuple[Array, Array]:
     """Twin of `int8.quantise_rows`: whole numbers as int64, scales float32."""
     largest = np.abs(x).max(axis=1, initial=0)

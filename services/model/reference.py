@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.control.messages import SamplingParams
+from bus.xccl import int8 as transport
 from services.model.attention_model import AttentionModel, MoeInput
 from services.model.batch import Batch
 from services.model.config import load_config
@@ -28,22 +29,33 @@ BLOCK_TOKENS = 16
 class ReferenceModel:
     """Both halves of a model, joined."""
 
-    def __init__(self, attention: AttentionModel, experts: ExpertModel, folder: str | Path) -> None:
+    def __init__(
+        self, attention: AttentionModel, experts: ExpertModel, folder: str | Path, *, wire_int8: bool = False
+    ) -> None:
         self.config = attention.config
         self.folder = folder
         self.attention = attention
         self.experts = experts
+        self.wire_int8 = wire_int8
 
     @classmethod
-    def load(cls, folder: str | Path) -> ReferenceModel:
+    def load(
+        cls, folder: str | Path, *, kv_cache_dtype: str = "auto", wire_int8: bool = False
+    ) -> ReferenceModel:
         """Map a whole checkpoint.
+
+        Args:
+            folder: the checkpoint.
+            kv_cache_dtype: as the setting `attention.kv_cache_dtype`.
+            wire_int8: round what goes to the experts and what comes back, as a pod with `xccl.int8` does.
 
         Raises:
             ConfigError: no checkpoint, damaged, or not supported.
         """
         config = load_config(folder)
         experts = ExpertModel.load(folder, config, range(config.num_experts), config.has_shared_expert)
-        return cls(AttentionModel.load(folder, config), experts, folder)
+        attention = AttentionModel.load(folder, config, kv_cache_dtype=kv_cache_dtype)
+        return cls(attention, experts, folder, wire_int8=wire_int8)
 
     def forward(self, batch: Batch, kv: KvCache) -> Float:
         """Run all layers over a batch; return the final hidden rows [T, hidden]."""
@@ -57,13 +69,18 @@ class ReferenceModel:
     def expert_outputs(self, layer_idx: int, moe: MoeInput) -> Float:
         """Return the outputs [T, num_slots, hidden] of every row's experts, one expert at a time."""
         config = self.config
-        out = np.empty((len(moe.x), config.num_slots, config.hidden_size), dtype=np.float32)
+        x = self._sent(moe.x)
+        out = np.empty((len(x), config.num_slots, config.hidden_size), dtype=np.float32)
         for expert_id in np.unique(moe.topk_idx):
             rows, slots = np.nonzero(moe.topk_idx == expert_id)
-            out[rows, slots] = self.experts.forward(layer_idx, int(expert_id), moe.x[rows])
+            out[rows, slots] = self.experts.forward(layer_idx, int(expert_id), x[rows])
         if config.has_shared_expert:
-            out[:, config.top_k] = self.experts.forward(layer_idx, config.num_experts, moe.x)
-        return out
+            out[:, config.top_k] = self.experts.forward(layer_idx, config.num_experts, x)
+        return self._sent(out.reshape(-1, config.hidden_size)).reshape(out.shape)
+
+    def _sent(self, rows: Float) -> Float:
+        """Return rows [n, hidden] as they arrive after a journey between attention and experts."""
+        return transport.dequantise(*transport.quantise(rows)) if self.wire_int8 else rows
 
     def logits(self, token_ids: Sequence[int]) -> Float:
         """Return the logits [T, vocab] at every position of one sequence."""

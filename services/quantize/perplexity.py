@@ -22,15 +22,19 @@ class Quality:
     tokens_per_s: float
 
 
-def evaluate(folder: Path, token_ids: Ids) -> Quality:
+def evaluate(
+    folder: Path, token_ids: Ids, *, kv_cache_dtype: str = "auto", wire_int8: bool = False
+) -> Quality:
     """Predict every token of windows [n, length] from those before it in its window.
+
+    `kv_cache_dtype` and `wire_int8` say in which form the model runs, see `ReferenceModel.load`.
 
     Raises:
         ConfigError: the checkpoint. ValueError: windows of fewer than two tokens.
     """
     if token_ids.shape[1] < 2:
         raise ValueError(f"windows of {token_ids.shape[1]} tokens must have at least 2")
-    model = ReferenceModel.load(folder)
+    model = ReferenceModel.load(folder, kv_cache_dtype=kv_cache_dtype, wire_int8=wire_int8)
     losses = []
     began = time.perf_counter()
     for window in token_ids:

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.model.reference import ReferenceModel
 from tests.conftest import GOLDENS
 from tests.harness.client import Stream, stream_completion
 from tests.harness.oracle import expected_tokens
@@ -47,12 +48,18 @@ def sampling(i: int) -> Case:
     return CASES[i % len(CASES)]
 
 
-def expected(i: int) -> list[int]:
-    return expected_tokens(FOLDER, prompt(i), MAX_TOKENS, seed=100 + i, **sampling(i).oracle)
+def expected(i: int, model: Path | ReferenceModel) -> list[int]:
+    return expected_tokens(model, prompt(i), MAX_TOKENS, seed=100 + i, **sampling(i).oracle)
 
 
-async def kill_in_mid_stream(pod: Pod, service: str, index: int, sig: int = signal.SIGKILL) -> None:
-    """Start streams, signal the member once they run, and compare every token."""
+async def kill_in_mid_stream(
+    pod: Pod,
+    service: str,
+    index: int,
+    sig: int = signal.SIGKILL,
+    model: Path | ReferenceModel = FOLDER,
+) -> None:
+    """Start streams, signal the member once they run, and compare every token with those of `model`."""
     victim = pod.member(service, index)
     streams: dict[int, Stream] = {}
     async with httpx.AsyncClient(base_url=pod.url, timeout=120) as client:
@@ -80,7 +87,7 @@ async def kill_in_mid_stream(pod: Pod, service: str, index: int, sig: int = sign
     assert unfinished == NUM_STREAMS, "the kill must hit the streams in their middle"
     for i, stream in enumerate(results):
         assert stream.error is None, (service, i, stream.error)
-        assert stream.token_ids == expected(i), (service, sampling(i).name)
+        assert stream.token_ids == expected(i, model), (service, sampling(i).name)
         assert stream.done and stream.finish_reason == "length"
     await asyncio.to_thread(assert_healed, pod, victim, killed_at)
 

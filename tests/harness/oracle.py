@@ -11,18 +11,21 @@ from services.model.reference import ReferenceModel
 
 
 @cache
-def oracle(folder: Path) -> ReferenceModel:
-    """Return the loaded oracle of a checkpoint folder."""
-    return ReferenceModel.load(folder)
+def oracle(folder: Path, kv_cache_dtype: str = "auto", wire_int8: bool = False) -> ReferenceModel:
+    """Return the loaded oracle of a checkpoint folder, in the form in which the pod runs."""
+    return ReferenceModel.load(folder, kv_cache_dtype=kv_cache_dtype, wire_int8=wire_int8)
 
 
 @cache
-def _generate(folder: Path, prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
-    return tuple(oracle(folder).generate(prompt, sampling))
+def _generate(model: ReferenceModel, prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+    return tuple(model.generate(prompt, sampling))
 
 
-def expected_tokens(folder: Path, prompt: Sequence[int], max_tokens: int, **sampling: object) -> list[int]:
+def expected_tokens(
+    model: Path | ReferenceModel, prompt: Sequence[int], max_tokens: int, **sampling: object
+) -> list[int]:
     """Return the oracle's tokens; greedy and ignoring eos unless `sampling` says otherwise."""
     fields = {"temperature": 0.0, "ignore_eos": True, **sampling}
     params = SamplingParams(max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
-    return list(_generate(folder, tuple(prompt), params))
+    chosen = oracle(model) if isinstance(model, Path) else model
+    return list(_generate(chosen, tuple(prompt), params))
