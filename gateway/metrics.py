@@ -139,6 +139,7 @@ class _PodCollector(prometheus.CollectorRegistry):
         """Yield gauges and counters."""
         yield from self._requests()
         yield from self._executor_counters()
+        yield from self._prefix_cache()
         yield from self._members()
 
     def _requests(self) -> Iterable[Metric]:
@@ -165,6 +166,18 @@ class _PodCollector(prometheus.CollectorRegistry):
             ("token_mismatches", counters.token_mismatches),
         ):
             yield CounterMetricFamily(f"xds:{name}", f"See gateway.jobs.JobCounters.{name}.", value=value)
+
+    def _prefix_cache(self) -> Iterable[Metric]:
+        labels = ("model_name", "engine")
+        for name, text in (
+            ("prefix_cache_queries", "Tokens of requests that were looked up in the prefix cache."),
+            ("prefix_cache_hits", "Tokens of requests that were found in the prefix cache."),
+        ):
+            family = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
+            for member in self._pod_map.members:
+                if name in member.counters:
+                    family.add_metric((self._model_name, str(member.index)), float(member.counters[name]))
+            yield family
 
     def _members(self) -> Iterable[Metric]:
         pod_map = self._pod_map

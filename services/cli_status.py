@@ -21,7 +21,13 @@ _ANSWER_TIMEOUT_MS = 3_000  # long enough for a manager that is being started ag
 _COUNTERS_SHOWN = {
     "expert": ("expert_rows", "shared_rows", "exchanges"),
     "attention": ("computed_tokens", "sampled_tokens", "exchange_retries"),
-    "scheduler": ("num_running", "num_waiting", "num_free_blocks", "num_generated_tokens"),
+    "scheduler": (
+        "num_running",
+        "num_waiting",
+        "num_free_blocks",
+        "num_generated_tokens",
+        "prefix_cache_hits",
+    ),
     "gateway": ("num_jobs", "num_redispatches"),
 }
 

@@ -1,1 +1,1 @@
-"""KV cache bookkeeping: which block belongs to whom. The bytes themselves live in the attention worker."""
+"""KV cache bookkeeping: who refers to which block, and what is in it. The bytes live in the attention worker."""

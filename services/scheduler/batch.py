@@ -12,6 +12,12 @@ request is preempted: its blocks are taken back and it waits, first in line, to 
 and output. Preemption is not an error and loses no token. The oldest running request is never preempted and
 every admitted request fits the pool alone, so every step makes progress.
 
+Full blocks whose tokens are computed are published by content (`services/cache`). A request that is admitted
+takes over the longest prefix of its tokens that is cached, and is computed from there; at least its last
+token always is, because its logits are needed. If a request of the same step is about to publish the very
+block that the next in line lacks, that one waits for it instead of computing the same again. A request that
+wants the log-probabilities of its prompt needs every row of it, so it takes over nothing.
+
 Blocks of a request that ends while a step is under way retire: the executor may still write them, so they are
 free only when the step is over.
 """
@@ -22,6 +28,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from bus.control.messages import PlannedSequence
+from services.cache.block_hash import BlockHash, root_hash
 from services.cache.blocks import BlockPool
 from services.scheduler.request import Request, RequestStatus
 
@@ -73,7 +80,9 @@ class ScheduledRequest:
 class Batcher:
     """The waiting queue, the running list and the blocks of one DP group. One step at a time."""
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, enable_prefix_caching: bool, kv_identity: str
+    ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
@@ -81,14 +90,22 @@ class Batcher:
         self.pool: BlockPool | None = None
         self.retiring_block_ids: list[int] = []
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0  # tokens of requests that were looked up when first admitted
+        self.prefix_cache_hits = 0  # those of them that were found
+        self._enable_prefix_caching = enable_prefix_caching
+        self._kv_identity = kv_identity
+        self._root = b""
 
     def attach(self, pool: BlockPool) -> None:
         """Begin with an executor's empty blocks."""
         assert self.pool is None and not self.running and not self.retiring_block_ids
         self.pool = pool
+        self._root = root_hash(self._kv_identity, pool.block_tokens)
+        for request in self.waiting:
+            request.block_hashes = []  # they may have been made for another block size
 
     def detach(self) -> None:
-        """The blocks are gone: every running request is preempted, the oldest first in line."""
+        """The blocks are gone, and the index with them: all who run are preempted, the oldest first in line."""
         self.release_retired()
         while self.running:
             self._preempt(self.running.pop())
@@ -110,6 +127,18 @@ class Batcher:
             self._free(request.block_ids)
         request.block_ids = []
         request.move_to(status)
+
+    def publish(self, request: Request) -> None:
+        """Name the blocks of a running request that have become full; no step may be under way."""
+        pool = self.pool
+        assert pool is not None and request.status is RequestStatus.RUNNING
+        if not self._enable_prefix_caching:
+            return
+        hashes = request.extend_block_hashes(self._root, pool.block_tokens)
+        for index in range(request.num_published_blocks, request.num_computed_tokens // pool.block_tokens):
+            parent = hashes[index - 1] if index else None
+            request.block_ids[index] = pool.publish(request.block_ids[index], hashes[index], parent)
+            request.num_published_blocks = index + 1
 
     def release_retired(self) -> None:
         """The step is over: nobody writes retired blocks any more."""
@@ -157,17 +186,56 @@ class Batcher:
         budget = self.max_num_batched_tokens - sum(scheduled.num_tokens for scheduled in step)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
+            cached_ids = self._cached_prefix(pool, request)
+            if self._is_coming(pool, request, len(cached_ids), step):
+                return
             # Room for all of it, not just for the first chunk: otherwise a long prompt would be let in only
             # to be preempted half-way, again and again.
-            if not pool.can_allocate(pool.blocks_for(request.num_tokens)):
+            if not pool.can_allocate(pool.blocks_for(request.num_tokens) - len(cached_ids), cached_ids):
                 return
             self.waiting.popleft()
             request.move_to(RequestStatus.RUNNING)
             self.running.append(request)
-            num_tokens = min(request.num_tokens, budget)
-            request.block_ids = pool.allocate(pool.blocks_for(num_tokens))
+            self._reuse(pool, request, cached_ids)
+            num_computed_tokens = request.num_computed_tokens
+            num_tokens = min(request.num_tokens - num_computed_tokens, budget)
+            num_blocks = pool.blocks_for(num_computed_tokens + num_tokens)
+            request.block_ids += pool.allocate(num_blocks - len(cached_ids))
             step.append(_scheduled(request, num_tokens))
             budget -= num_tokens
+
+    def _cached_prefix(self, pool: BlockPool, request: Request) -> list[int]:
+        """Return the blocks that hold the longest reusable prefix; its last token is always computed."""
+        return pool.match(self._reusable_hashes(pool, request))
+
+    def _reusable_hashes(self, pool: BlockPool, request: Request) -> list[BlockHash]:
+        if not self._enable_prefix_caching or request.wants_prompt_logprobs:
+            return []
+        hashes = request.extend_block_hashes(self._root, pool.block_tokens)
+        return hashes[: (request.num_tokens - 1) // pool.block_tokens]
+
+    def _is_coming(
+        self, pool: BlockPool, request: Request, num_cached: int, step: list[ScheduledRequest]
+    ) -> bool:
+        """Tell whether someone in `step` computes the first block that `request` lacks."""
+        lacking = self._reusable_hashes(pool, request)[num_cached : num_cached + 1]
+        for one in step if lacking else ():
+            hashes, index = one.request.block_hashes, one.request.num_computed_tokens // pool.block_tokens
+            if index < len(hashes) and hashes[index] == lacking[0]:
+                return True
+        return False
+
+    def _reuse(self, pool: BlockPool, request: Request, cached_ids: list[int]) -> None:
+        pool.share(cached_ids)
+        num_tokens = len(cached_ids) * pool.block_tokens
+        request.block_ids = cached_ids.copy()
+        request.num_computed_tokens = num_tokens
+        request.num_published_blocks = len(cached_ids)
+        if not self._enable_prefix_caching or request.wants_prompt_logprobs or request.num_cached_tokens >= 0:
+            return
+        request.num_cached_tokens = min(num_tokens, request.num_prompt_tokens)
+        self.prefix_cache_queries += request.num_tokens
+        self.prefix_cache_hits += num_tokens
 
     def _preempt(self, request: Request) -> None:
         self._free(request.block_ids)
@@ -193,16 +261,25 @@ class Batcher:
             assert 0 <= request.num_computed_tokens < request.num_tokens, request
             assert self.pool is not None
             assert len(request.block_ids) >= self.pool.blocks_for(request.num_computed_tokens), request
+            if self._enable_prefix_caching:
+                self._check_published(self.pool, request)
             held += request.block_ids
         everyone = [*self.waiting, *self.running]
         assert len({id(request) for request in everyone}) == len(everyone), "a request is in two places"
         assert len(self.running) <= self.max_num_seqs
-        assert len(set(held)) == len(held), "a block has two owners"
         if self.pool is None:
             assert not self.running and not held, "blocks without an executor"
         else:
             self.pool.check_invariants()
-            assert self.pool.num_used == len(held), "a block leaked"
+            self.pool.check_references(held)
+
+    @staticmethod
+    def _check_published(pool: BlockPool, request: Request) -> None:
+        num_full = request.num_computed_tokens // pool.block_tokens
+        assert request.num_published_blocks == num_full, "a full block is not published, or an open one is"
+        assert pool.match(request.block_hashes[:num_full]) == request.block_ids[:num_full], request
+        for block_id in request.block_ids[num_full:]:
+            assert not pool.is_published(block_id), f"block {block_id} is written and shared"
 
 
 def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:

@@ -16,9 +16,10 @@ it done, is failed: it may be what kills them.
 Requests are keyed by id. The same (gateway, id, attempt) again is accepted again and changes nothing; a later
 attempt, or another gateway's, replaces the older one silently; an earlier one is ignored.
 
-`check_invariants` asserts: every request is in exactly the collection that its state says; blocks have one
-owner and none leaked; a step outstanding belongs to the connected executor; no request that is over is still
-known; and, with an executor connected, either nobody is left or a step is outstanding.
+`check_invariants` asserts: every request is in exactly the collection that its state says; blocks are referred
+to as often as requests hold them, and what is cached keeps its laws; a step outstanding belongs to the
+connected executor; no request that is over is still known; and, with an executor connected, either nobody is
+left or a step is outstanding.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ class SchedulerCore:
         self.requests: dict[str, Request] = {}
         self.executor = Executor(now_ns=now_ns)
         self.batch = Batcher(
-            max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            kv_identity=settings.kv_identity,
         )
         self._limits = settings.limits
         # Never the number of a step that an earlier incarnation of this scheduler planned: an executor may
@@ -95,6 +99,9 @@ class SchedulerCore:
             "num_waiting": len(self.batch.waiting),
             "num_blocks": pool.num_blocks if pool else 0,
             "num_free_blocks": pool.num_free if pool else 0,
+            "num_cached_blocks": pool.num_cached if pool else 0,
+            "prefix_cache_queries": self.batch.prefix_cache_queries,
+            "prefix_cache_hits": self.batch.prefix_cache_hits,
             "num_preemptions": self.batch.num_preemptions,
             **self.counters.as_dict(),
         }
@@ -280,6 +287,7 @@ class SchedulerCore:
         request.num_losses = 0
         request.prompt_logprobs += sampled.prompt_logprobs
         request.num_computed_tokens += scheduled.num_tokens
+        self.batch.publish(request)
         if request.num_computed_tokens == request.num_tokens:
             self._emit(request, sampled)
 

@@ -28,7 +28,7 @@ import structlog
 
 from bus import process
 from bus.clock import NS_PER_MS, NS_PER_S, now_ns
-from bus.config import PodConfig
+from bus.config import PodConfig, config_sha
 from bus.control.member import Member
 from bus.control.messages import (
     AbortRequest,
@@ -81,6 +81,8 @@ def core_settings(config: PodConfig, incarnation: int) -> CoreSettings:
         # A step waits for a dead expert's next incarnation; beyond that, only a stall explains its silence.
         step_timeout_ns=(config.xccl.peer_wait_timeout_ms + config.xccl.stall_timeout_ms) * NS_PER_MS,
         executor_wait_ns=config.xccl.peer_wait_timeout_ms * NS_PER_MS,
+        enable_prefix_caching=config.scheduler.enable_prefix_caching,
+        kv_identity=config_sha(config),  # more than needed, and nothing forgotten
     )
 
 

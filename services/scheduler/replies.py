@@ -70,6 +70,7 @@ def generated(
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish.reason if finish else "",
             stop_token_id=finish.stop_token_id if finish else -1,
+            num_cached_tokens=max(0, request.num_cached_tokens),
         ),
     )
 

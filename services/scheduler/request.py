@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bus.control.messages import AddRequest, FinishReason, SamplingParams, TokenLogprob
+from services.cache.block_hash import BlockHash, extend_hashes
 
 
 class RequestStatus(enum.Enum):
@@ -74,6 +75,9 @@ class Request:
     wants_prompt_logprobs: bool
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)  # of full blocks of token_ids; may lag behind
+    num_published_blocks: int = 0  # so many of block_ids, from the first, are named by these hashes
+    num_cached_tokens: int = -1  # prompt tokens that its first admission found cached; -1 = not looked up
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     num_losses: int = 0  # executors lost under this request since one last completed a step of it
@@ -116,6 +120,11 @@ class Request:
         """Whether the next token may be an eos or stop token."""
         return self.num_output_tokens >= self.sampling.min_tokens
 
+    def extend_block_hashes(self, root: BlockHash, block_tokens: int) -> list[BlockHash]:
+        """Return the hashes of all full blocks of `token_ids`, computed or not."""
+        extend_hashes(self.block_hashes, root, self.token_ids, block_tokens)
+        return self.block_hashes
+
     def move_to(self, status: RequestStatus) -> None:
         """Change the state along `TRANSITIONS`."""
         assert status in TRANSITIONS[self.status], f"{self.request_id}: {self.status.name} -> {status.name}"
@@ -131,6 +140,7 @@ class Request:
     def forget_computed(self) -> None:
         """Start over: nothing is computed. Tokens stay, so the recomputed request goes on where it was."""
         self.num_computed_tokens = 0
+        self.num_published_blocks = 0
         self.prompt_logprobs = []
 
     def finish(self) -> Finish | None:

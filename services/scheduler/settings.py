@@ -18,6 +18,8 @@ class CoreSettings:
     limits: Limits  # as far as known before an executor says its own
     step_timeout_ns: int  # a step that takes longer is given up, its executor counts as stalled
     executor_wait_ns: int  # how long a request waits while there is no executor
+    enable_prefix_caching: bool
+    kv_identity: str  # says what besides its tokens decides about the bytes of a KV block
     max_num_losses: int = 8  # executors in a row that may die under one request without a step of it done
 
 

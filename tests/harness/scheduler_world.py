@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from bus.control.messages import (
     AbortRequest,
@@ -96,17 +97,19 @@ class Client:
 class World:
     """See the module's docstring. `run` is the whole test."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, **settings: object) -> None:
         self.random = random.Random(seed)
         chance = self.random
         self.now_ns = 0
         self.vocab_size = chance.randint(6, 40)
         self.block_tokens = chance.randint(1, 4)
         self.num_blocks = chance.randint(20, 60) // self.block_tokens
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "max_num_seqs": chance.randint(1, 6),
             "max_num_batched_tokens": chance.randint(1, 24),
             "max_waiting_requests": chance.randint(2, NUM_REQUESTS),
+            "enable_prefix_caching": chance.random() < 0.8,
+            **settings,
         }
         self.gateways = {"gateway-0.1", "gateway-1.1"}
         self.clients: dict[str, Client] = {}
@@ -242,6 +245,7 @@ class World:
             step_timeout_ns=STEP_TIMEOUT_NS,
             executor_wait_ns=2 * STEP_TIMEOUT_NS,
             max_num_losses=1_000_000,  # chance is cruel to the innocent
+            kv_identity="toy",
             **self.settings,
         )
         self.core = SchedulerCore(settings, now_ns=self.now_ns)
@@ -270,7 +274,7 @@ class World:
             return
         chance = self.random
         max_tokens = chance.randint(0, 8)
-        prompt = tuple(chance.randrange(self.vocab_size) for _ in range(chance.randint(1, 10)))
+        prompt = self.draw_prompt()
         sampling = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=chance.randint(0, max_tokens) if chance.random() < 0.3 else 0,
@@ -292,6 +296,17 @@ class World:
         )
         self.clients[client.request_id] = client
         self.say(client, client.message())
+
+    def draw_prompt(self) -> tuple[int, ...]:
+        """Return up to 10 tokens; often they begin as another request's prompt and output do."""
+        chance = self.random
+        history: list[int] = []
+        if self.clients and chance.random() < 0.6:
+            other = chance.choice(list(self.clients.values()))
+            history = [*other.prompt, *other.outputs]
+            history = history[: chance.randint(1, len(history))]
+        tail = [chance.randrange(self.vocab_size) for _ in range(chance.randint(1, 10))]
+        return tuple([*history, *tail][: max(1, min(10, len(history) + 3))] if history else tail)
 
     def repeat_request(self) -> None:
         """Send the same attempt again; it tells what the gateway has by now, but changes nothing."""

@@ -36,6 +36,8 @@ def create_core(**changes: Any) -> SchedulerCore:
         "limits": Limits(),
         "step_timeout_ns": 1000,
         "executor_wait_ns": 500,
+        "enable_prefix_caching": False,
+        "kv_identity": "toy",
     }
     return SchedulerCore(CoreSettings(**{**settings, **changes}), now_ns=0)
 

@@ -1,9 +1,9 @@
 """An executor and its oracle in which every mistake of a scheduler shows up in the tokens.
 
 The next token is a hash of all tokens before it. The oracle hashes the list; the executor hashes what it
-reads back from its KV blocks through the block table, where each entry remembers token and position. A block
-that two requests share, a block reused while it is still written, a position that was skipped, a stale table:
-each changes the hash.
+reads back from its KV blocks through the block table, where each entry remembers token, position and, as real
+KV does, all tokens before it. A block that two requests write, a block reused while it is still written, a
+position that was skipped, a stale table, the right tokens after the wrong ones: each changes the hash.
 """
 
 from __future__ import annotations
@@ -68,14 +68,16 @@ class ToyExecutor:
     def __init__(self, ready: ExecutorReady) -> None:
         self.ready = ready
         num_slots = ready.num_blocks * ready.block_tokens
-        self._slots = [(-1, -ready.incarnation * 1000 - slot) for slot in range(num_slots)]
+        self._slots = [(-1, -ready.incarnation * 1000 - slot, -1) for slot in range(num_slots)]
 
     def run(self, plan: StepPlan) -> StepCompleted:
         """Write the KV of every planned token, then draw."""
         for sequence in plan.sequences:
             for offset, token_id in enumerate(sequence.token_ids):
                 position = sequence.start + offset
-                self._slots[self._slot(sequence, position)] = (position, token_id)
+                before = self._slots[self._slot(sequence, position - 1)][2] if position else 0
+                context = _digest((before,), token_id)
+                self._slots[self._slot(sequence, position)] = (position, token_id, context)
         sampled = tuple(self._sample(sequence) for sequence in plan.sequences)
         return StepCompleted(step_id=plan.step_id, incarnation=self.ready.incarnation, sampled=sampled)
 
@@ -86,7 +88,11 @@ class ToyExecutor:
     def _read(self, sequence: PlannedSequence, end: int) -> list[int]:
         """Return the tokens at positions 0 .. end - 1; a foreign entry reads as -1, which no token is."""
         entries = [self._slots[self._slot(sequence, position)] for position in range(end)]
-        return [token_id if at == position else -1 for position, (at, token_id) in enumerate(entries)]
+        tokens, context = [], 0
+        for position, (at, token_id, kept) in enumerate(entries):
+            context = _digest((context,), token_id)
+            tokens.append(token_id if (at, kept) == (position, context) else -1)
+        return tokens
 
     def _sample(self, sequence: PlannedSequence) -> SampledToken:
         tokens = self._read(sequence, sequence.start + len(sequence.token_ids))

@@ -31,7 +31,13 @@ def test_the_faults_really_happen() -> None:
         seen["over"] += sum(client.is_over for client in world.clients.values())
         seen["attempts"] += sum(client.attempt for client in world.clients.values())
     assert seen["over"] > 100 and seen["executors"] > 40 and seen["schedulers"] > 30 and seen["attempts"] > 50
-    for name in ("num_preemptions", "num_executors_lost", "num_ignored_results", "num_aborted_requests"):
+    for name in (
+        "prefix_cache_hits",
+        "num_preemptions",
+        "num_executors_lost",
+        "num_ignored_results",
+        "num_aborted_requests",
+    ):
         assert seen[name] > 0, name
 
 
@@ -42,4 +48,14 @@ def test_a_scheduler_that_shares_blocks_is_caught(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("services.scheduler.core.SchedulerCore.check_invariants", lambda self: None)
     with pytest.raises(AssertionError, match="not the oracle's tokens"):
         for seed in range(20):
-            World(seed).run()
+            World(seed, enable_prefix_caching=False).run()
+
+
+def test_a_prefix_cache_that_forgets_what_came_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens after others have other KV: a hash of a block's own tokens must not pass."""
+    monkeypatch.setattr(
+        "services.cache.block_hash.chained_hash", lambda parent, token_ids: bytes(map(abs, token_ids))
+    )
+    with pytest.raises(AssertionError):
+        for seed in range(40):
+            World(seed, enable_prefix_caching=True).run()

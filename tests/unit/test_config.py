@@ -27,6 +27,12 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert config.gateway.port == 3  # flag over environment
 
 
+def test_truth_is_said_in_words() -> None:
+    for text, value in (("false", False), ("true", True)):
+        config = settings.load({"scheduler.enable_prefix_caching": text}, None, {})
+        assert config.scheduler.enable_prefix_caching is value
+
+
 def test_lists_are_separated_by_commas() -> None:
     assert settings.load({"gateway.api_keys": "a,b"}, None, {}).gateway.api_keys == ("a", "b")
     assert settings.load({}, None, {"XDS_GATEWAY__API_KEYS": ""}).gateway.api_keys == ()
@@ -165,4 +171,5 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for name, default in settings_with_defaults(settings.PodConfig):
         shown = '""' if default == "" else str(default)
+        shown = shown.lower() if isinstance(default, bool) else shown
         assert f"| `{name}` | `{shown}` |" in readme, name
