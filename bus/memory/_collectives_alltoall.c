@@ -1,6 +1,6 @@
 /* `AllToAll`: every rank gives every rank a piece of bytes; protocol in bus/README.md, "All-to-all".
  *
- * A piece that lies in the own segment's app area is pulled from there; any other is staged first. What is staged
+ * A large piece that lies in the own segment's app area is pulled from there; any other is staged first. What is staged
  * alternates between two halves: when an exchange ends, every peer has pulled the one before. A sender takes its cells
  * back before it overwrites what they point to, and a receiver looks at them again after it has pulled, so bytes that
  * changed meanwhile are never taken for the ones that were announced.
@@ -10,6 +10,7 @@
 
 #define LANES 3 /* pieces twice, done once */
 #define LANE_DONE 2
+#define SMALL_BYTES 4096 /* up to here a copy costs less than the second meeting that it saves */
 #define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
 
@@ -166,13 +167,26 @@ take_parts(AllToAll *self, PyObject *parts)
     return 0;
 }
 
+/* Give a piece the next place in the half, if it fits there. */
+static int
+stage_piece(const AllToAll *self, piece_t *piece, Py_ssize_t *staged)
+{
+    if (piece->size > self->stage_bytes - *staged) {
+        return -1;
+    }
+    piece->place = (uint64_t)(lane_of(self) * self->stage_bytes + *staged);
+    *staged += (piece->size + CELL_STRIDE - 1) & ~(Py_ssize_t)(CELL_STRIDE - 1);
+    *staged = *staged < self->stage_bytes ? *staged : self->stage_bytes;
+    return 0;
+}
+
 /* Give every piece its place: where it lies in the app area, or in the half of this exchange. -1: no room. */
 static int
 place_pieces(AllToAll *self)
 {
     const peer_t *own = &self->group.peers[self->group.rank];
     const char *managed = own->base + own->managed;
-    Py_ssize_t staged = 0, half = lane_of(self) * self->stage_bytes;
+    Py_ssize_t staged = 0;
     for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
         piece_t *piece = &self->pieces[r];
         uintptr_t at = (uintptr_t)piece->bytes - (uintptr_t)managed;
@@ -183,13 +197,14 @@ place_pieces(AllToAll *self)
                  (uintptr_t)piece->size <= (uintptr_t)self->group.shared_bytes - at) {
             piece->place = at | ANSWER_ME;
         }
-        else if (piece->size > self->stage_bytes - staged) {
+        else if (stage_piece(self, piece, &staged) < 0) {
             return -1;
         }
-        else {
-            piece->place = (uint64_t)(half + staged);
-            staged += (piece->size + CELL_STRIDE - 1) & ~(Py_ssize_t)(CELL_STRIDE - 1);
-            staged = staged < self->stage_bytes ? staged : self->stage_bytes;
+    }
+    for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) { /* small ones of the app area get what room is left */
+        piece_t *piece = &self->pieces[r];
+        if ((piece->place & ANSWER_ME) != 0 && piece->size <= SMALL_BYTES) {
+            (void)stage_piece(self, piece, &staged);
         }
     }
     return 0;
@@ -446,20 +461,20 @@ AllToAll_abandon(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* The bytes that came from each rank, to a buffer of num_ranks int64. */
+/* The rows that came from each rank, to a buffer of num_ranks int64. */
 static PyObject *
-AllToAll_sizes(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
+AllToAll_counts(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer view;
-    if (group_enter(&self->group, "sizes", nargs, 1, 0) < 0) {
+    if (group_enter(&self->group, "counts", nargs, 1, 0) < 0) {
         return NULL;
     }
-    int64_t *sizes = open_buffer(args[0], "sizes", self->group.num_ranks * 8, PyBUF_WRITABLE, &view);
-    if (sizes == NULL) {
+    int64_t *counts = open_buffer(args[0], "counts", self->group.num_ranks * 8, PyBUF_WRITABLE, &view);
+    if (counts == NULL) {
         return NULL;
     }
     for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
-        sizes[r] = (int64_t)self->found[2 * r + 1];
+        counts[r] = (int64_t)self->found[2 * r + 1] / self->row_bytes;
     }
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
@@ -512,7 +527,7 @@ static PyMethodDef alltoall_methods[] = {
     METHOD(exchange, "exchange(event_id, array or list, counts, row_bytes, out, deadline_ns) -> bytes, or a status."),
     METHOD(resume, "resume(out, deadline_ns) -> bytes, or a status."),
     METHOD(abandon, "abandon(): give the open exchange up."),
-    METHOD(sizes, "sizes(out): bytes that came from each rank."),
+    METHOD(counts, "counts(out): rows that came from each rank."),
     METHOD(states, "states() -> a byte for each rank: 0 arrived, 1 awaited, 2 moved on."),
     {"stats", (PyCFunction)AllToAll_stats, METH_NOARGS, "stats() -> counters by name."},
     {NULL, NULL, 0, NULL},

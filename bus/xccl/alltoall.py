@@ -10,7 +10,7 @@ copies what is for it straight from the other segments.
     4. copy every piece to its place in the result, in order of rank; look at the cells again
     5. tell the ranks whose piece came straight from their app area; wait for those that pull from ours
 
-Arrays made with `area` travel with one copy, all others with two; small ones do not care. When a call returns, the
+Pieces of more than 4 KiB in arrays made with `area` travel with one copy, all others with two. When a call returns, the
 arrays that were sent may be written again. Twin: `bus.xccl.reference.all_to_all`.
 """
 
@@ -46,7 +46,8 @@ _INT64 = np.dtype(np.int64)
 class AllToAllShape:
     """Sizes from which all ranks derive the same layout.
 
-    stage_bytes: what one rank can send in one exchange from arrays outside its app area. area_bytes: the app area.
+    stage_bytes: what one rank can send in one exchange from arrays outside its app area; small pieces of the app area
+    use what is left. area_bytes: the app area.
     """
 
     num_ranks: int
@@ -201,7 +202,7 @@ class AllToAll:
         deadline: Deadline,
         out: Array | None,
     ) -> tuple[Array, Counts]:
-        event_id, row_bytes = event.pack(), row[0].itemsize * math.prod(row[1])
+        event_id, row_bytes = event.pack(), row[0].itemsize * (math.prod(row[1]) if row[1] else 1)
         if row_bytes == 0:
             raise ValueError(f"array: rows of {row[0]}{list(row[1])} have no bytes")
         if out is not None and (self._check_array("out", out) != row or not out.flags.writeable):
@@ -218,9 +219,10 @@ class AllToAll:
         elif out is None:
             out = np.empty((0, *row[1]), row[0])
         assert out is not None
-        sizes = np.empty(self._shape.num_ranks, np.int64)
-        self._native.sizes(sizes)
-        return out[: status // row_bytes], sizes // row_bytes
+        came = np.empty(self._shape.num_ranks, np.int64)
+        self._native.counts(came)
+        num_rows = status // row_bytes
+        return (out if num_rows == len(out) else out[:num_rows]), came
 
     def _refuse(self, status: int, counts: Counts | None, event_id: int) -> None:
         """Raise what an exchange that did not begin means."""

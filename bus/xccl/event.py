@@ -11,12 +11,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 _STEP_BITS, _LAYER_BITS, _MICROBATCH_BITS, _ATTEMPT_BITS = 32, 12, 4, 16
 _MICROBATCH_SHIFT = _ATTEMPT_BITS
 _LAYER_SHIFT = _MICROBATCH_SHIFT + _MICROBATCH_BITS
 _STEP_SHIFT = _LAYER_SHIFT + _LAYER_BITS
+_STEP_MASK = (1 << _STEP_BITS) - 1
 
 
 class Event(NamedTuple):
@@ -29,6 +30,22 @@ class Event(NamedTuple):
 
     def pack(self) -> int:
         """Return the u64 id. Raises ValueError naming the field that does not fit its bits."""
+        step, layer, microbatch, attempt = self
+        if not (
+            0 <= layer < 1 << _LAYER_BITS
+            and 0 <= microbatch < 1 << _MICROBATCH_BITS
+            and 0 < attempt < 1 << _ATTEMPT_BITS
+        ):
+            self._refuse()
+        return (
+            (step & _STEP_MASK) << _STEP_SHIFT
+            | layer << _LAYER_SHIFT
+            | microbatch << _MICROBATCH_SHIFT
+            | attempt
+        )
+
+    def _refuse(self) -> NoReturn:
+        """Name the field that does not fit."""
         for name, value, bits in (
             ("layer", self.layer, _LAYER_BITS),
             ("microbatch", self.microbatch, _MICROBATCH_BITS),
@@ -36,15 +53,7 @@ class Event(NamedTuple):
         ):
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name}={value} must be in 0..{(1 << bits) - 1}")
-        if self.attempt == 0:
-            raise ValueError("attempt=0 must be at least 1")
-        step = self.step & ((1 << _STEP_BITS) - 1)
-        return (
-            step << _STEP_SHIFT
-            | self.layer << _LAYER_SHIFT
-            | self.microbatch << _MICROBATCH_SHIFT
-            | self.attempt
-        )
+        raise ValueError("attempt=0 must be at least 1")
 
     @classmethod
     def unpack(cls, event_id: int) -> Event:

@@ -88,7 +88,7 @@ class Blocks(Place):
         super().__init__(meeting, config, number)
         num_ranks, size = meeting.num_ranks, int(case["size"])
         out, self._into, self._wanted = plain_blocks(self.rank, num_ranks, size)
-        sizes = AllToAllShape(num_ranks=num_ranks, stage_bytes=0, area_bytes=align_up(out.size, 4096))
+        sizes = AllToAllShape(num_ranks=num_ranks, area_bytes=align_up(out.size, 4096))
         segment = self.open(sizes.layout(), lambda rank: Rank("expert", rank))
         self._side = AllToAll(segment, sizes, self.rank, self.table, config=config)
         self._out, self._counts = self._side.area(out.shape, np.uint8), np.full(num_ranks, size, np.int64)

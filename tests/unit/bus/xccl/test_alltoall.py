@@ -65,22 +65,45 @@ def test_nothing_for_anybody_is_normal(world: AllToAllWorld) -> None:
             assert rows.shape == (0, 5) and counts.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("in_area", [False, True])
-def test_the_fixed_form_transposes(world: AllToAllWorld, in_area: bool) -> None:
-    def one(rank: int, event: Event) -> np.ndarray:
-        array = world.ranks[rank].area((3, 4), np.uint16) if in_area else np.empty((3, 4), np.uint16)
-        array[:] = 1000 * event.step + 100 * rank + 10 * np.arange(3)[:, None] + np.arange(4)
-        result = world.ranks[rank].exchange_fixed(array, event=event, deadline=later())
-        array[:] = 0xFFFF  # may be reused after return
-        return result
+@pytest.mark.parametrize(
+    ("in_area", "width", "staged"),
+    [(False, 4, 5 * 2 * 8), (True, 4, 5 * 2 * 8), (True, 2048, 5 * 4096), (True, 2049, 0)],
+    ids=["outside", "small", "small while there is room", "large"],
+)
+def test_the_fixed_form_transposes(in_area: bool, width: int, staged: int) -> None:
+    with AllToAllWorld(AllToAllShape(num_ranks=3, stage_bytes=0, area_bytes=1 << 14)) as world:  # 4 KiB
 
-    for step in range(1, 6):
-        event = Event(step, 0)
-        for rank, result in enumerate(world.each(lambda r: one(r, event))):  # noqa: B023
-            expected = 1000 * step + 100 * np.arange(3)[:, None] + 10 * rank + np.arange(4)
-            assert np.array_equal(result, expected)
-    staged = [side.stats()["bytes_staged"] for side in world.ranks]
-    assert staged == [0 if in_area else 5 * 2 * 8] * 3
+        def one(rank: int, event: Event) -> np.ndarray:
+            shape, side = (3, width), world.ranks[rank]
+            array = side.area(shape, np.uint16) if in_area else np.empty(shape, np.uint16)
+            array[:] = 1000 * event.step + 100 * rank + 10 * np.arange(3)[:, None] + np.arange(width)
+            result = side.exchange_fixed(array, event=event, deadline=later())
+            array[:] = 0xFFFF  # may be reused after return
+            return result
+
+        for step in range(1, 6):
+            event = Event(step, 0)
+            for rank, result in enumerate(world.each(lambda r: one(r, event))):  # noqa: B023
+                expected = 1000 * step + 100 * np.arange(3)[:, None] + 10 * rank + np.arange(width)
+                assert np.array_equal(result, expected)
+        assert [side.stats()["bytes_staged"] for side in world.ranks] == [staged] * 3
+
+
+def test_small_pieces_of_the_area_take_no_room_from_others() -> None:
+    def one(rank: int) -> list[np.ndarray]:
+        side, left = world.ranks[rank], (rank + 2) % 3
+        near = side.area((4096, 1), np.uint8)
+        near[:] = 100 + rank
+        parts = [np.full((4096 if to == left else 0, 1), rank, np.uint8) for to in range(3)]
+        parts[(rank + 1) % 3] = near
+        return side.exchange_parts(parts, event=Event(1, 0), deadline=later())
+
+    with AllToAllWorld(AllToAllShape(num_ranks=3, stage_bytes=0, area_bytes=4096)) as world:
+        for rank, parts in enumerate(world.each(one)):
+            left, right = (rank + 2) % 3, (rank + 1) % 3
+            assert [len(part) for part in parts] == [0 if giver == rank else 4096 for giver in range(3)]
+            assert (parts[left] == 100 + left).all() and (parts[right] == right).all()
+        assert [side.stats()["bytes_staged"] for side in world.ranks] == [4096] * 3
 
 
 def test_parts_may_lie_anywhere(world: AllToAllWorld) -> None:
