@@ -68,7 +68,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     peer_wait_timeout_ms: int = 60_000  # how long a step waits for a dead peer's next incarnation
     num_lanes: int = 1  # threads that share the copy of a large array
     shared_bytes_max: int = 4 * 1024**3  # sum of all segments of the pod
-    int8: str = "false"  # true: rows between attention and experts travel as INT8
+    int8: bool = False  # true: rows between attention and experts travel as INT8
     route_costs_ns: str = ""  # what A2E/E2A costs (bus/xccl/cost.py); "" = never through trampolines
 
 

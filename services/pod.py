@@ -25,7 +25,7 @@ def a2e_shape(config: PodConfig, model: ModelConfig) -> RelayShape:
         rows_max=config.scheduler.max_num_batched_tokens,
         num_slots=model.top_k + int(model.has_shared_expert),
         hidden=model.hidden_size,
-        int8=config.xccl.int8 == "true",
+        int8=config.xccl.int8,
         has_trampolines=CostRule.parse(config.xccl.route_costs_ns).only is not Route.DIRECT,
     )
 

@@ -47,7 +47,7 @@ def place() -> Iterator[Bench]:
         (["--pod", "Not/A-Name"], {}, "pod = 'Not/A-Name': must match"),
         ([], {"XDS_RUNTIME_DIR": "/tmp/" + "r" * 90}, "must be at most 78 bytes long"),
         (["--set", "attention.kv_cache_dtype=fp8"], {}, "kv_cache_dtype = 'fp8': must be one of auto, int8"),
-        (["--set", "xccl.int8=2"], {}, "xccl.int8 = '2': must be one of false, true"),
+        (["--set", "xccl.int8=2"], {}, "xccl.int8 = '2' (flag): Expected `bool`, got `str`"),
         (["--set", "attention.kv_cache_dtype=int8"], {}, "qwen3_moe has grouped-query attention"),
         (["--config", "/nonexistent.toml"], {}, "--config /nonexistent.toml: No such file or directory"),
     ],
