@@ -245,14 +245,15 @@ class AllToAll:
         """Go on with an exchange that did not end at once."""
         try:
             while status < 0:
+                until = deadline.at_ns
                 if status != NO_ROOM:
-                    self._members.judge(status, self._native.states(), event_id, deadline)
+                    until = self._members.judge(status, self._native.states(), event_id, deadline)
                 elif out is None:
                     out = np.empty((self._native.total // row_bytes, *row[1]), row[0])
                 else:
                     text = f"{self._native.total // row_bytes} rows come, out has {len(out)}"
                     raise Truncated(text, rank=self._members.name, peer="group", event_id=event_id)
-                status = self._native.resume(out, deadline.at_ns)
+                status = self._native.resume(out, until)
         except BaseException:
             self._native.abandon()
             self._num_failures += 1

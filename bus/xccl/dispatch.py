@@ -171,8 +171,8 @@ class Dispatcher:
     def _finish(self, status: int, event: Event, deadline: Deadline) -> int:
         try:
             while status < 0:
-                self._judge(status, event.microbatch, event.pack(), deadline)
-                status = self._native.receive(event.microbatch, deadline.at_ns)
+                until = self._judge(status, event.microbatch, event.pack(), deadline)
+                status = self._native.receive(event.microbatch, until)
         except Exception:
             self._num_failures += 1
             raise
@@ -249,8 +249,8 @@ class Dispatcher:
             self._refuse_answer(y, topk_weights, handle, out)
         try:
             while status < 0:
-                self._judge(status, microbatch, event_id, deadline)
-                status = self._native.combine(microbatch, event_id, None, topk_weights, out, deadline.at_ns)
+                until = self._judge(status, microbatch, event_id, deadline)
+                status = self._native.combine(microbatch, event_id, None, topk_weights, out, until)
         except Exception:
             self._num_failures += 1
             raise
@@ -272,8 +272,8 @@ class Dispatcher:
             raise ValueError("out: must be writable")
         raise ValueError(f"handle: event {handle.event_id:#x} is not the open exchange of its microbatch")
 
-    def _judge(self, status: int, microbatch: int, event_id: int, deadline: Deadline) -> None:
-        self._members.judge(status, self._native.states(microbatch), event_id, deadline)
+    def _judge(self, status: int, microbatch: int, event_id: int, deadline: Deadline) -> int:
+        return self._members.judge(status, self._native.states(microbatch), event_id, deadline)
 
     # ------------------------------------------------------------------ the rest
 

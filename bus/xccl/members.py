@@ -30,6 +30,7 @@ class Members:
         self.name = str(ranks[rank])
         self._version = -1  # of the table, when all ranks were connected
         self._connected = [segment.incarnation if r == rank else 0 for r in range(len(ranks))]
+        self._found_dead: tuple[int, set[int]] = (0, set())  # event, ranks that get a last look
         self._set_peer(rank, segment)
 
     def _set_peer(self, index: int, segment: Segment) -> None:
@@ -58,25 +59,32 @@ class Members:
             self._connected[index] = segment.incarnation
         self._version = version
 
-    def judge(self, status: int, states: bytes, event_id: int, deadline: Deadline) -> None:
-        """Raise what a status means; return when waiting longer makes sense."""
+    def judge(self, status: int, states: bytes, event_id: int, deadline: Deadline) -> int:
+        """Raise what a status means, or return until when to wait on (monotonic ns; 0 = just look again).
+
+        A rank whose lock is free may have published whole before it died, after the cells were last looked at. So its
+        death is raised only if a look after the lock was found free still misses it.
+        """
         if status == WAITING:
             awaited = [r for r, s in enumerate(states) if s == _RANK_AWAITED]
-            self._check_peers(awaited, event_id, deadline)
-        elif status == MOVED_ON:
+            return self._check_peers(awaited, event_id, deadline)
+        if status == MOVED_ON:
             names = self._names(r for r, s in enumerate(states) if s == _RANK_MOVED_ON)
             raise EventMismatch("moved on to a later event", rank=self.name, peer=names, event_id=event_id)
-        else:
-            text = "its counts, row numbers or places are outside the agreed shape"
-            raise self.corrupt(text, self._native.culprit, event_id)
+        text = "its counts, row numbers or places are outside the agreed shape"
+        raise self.corrupt(text, self._native.culprit, event_id)
 
-    def _check_peers(self, awaited: list[int], event_id: int, deadline: Deadline) -> None:
-        dead = [r for r in awaited if not self._alive(r)]
-        if dead:
+    def _check_peers(self, awaited: list[int], event_id: int, deadline: Deadline) -> int:
+        before, self._found_dead = self._found_dead, (event_id, {r for r in awaited if not self._alive(r)})
+        found = self._found_dead[1]
+        if found and before[0] == event_id and (dead := sorted(found & before[1])):
             raise PeerDied("process has ended", rank=self.name, peer=self._names(dead), event_id=event_id)
+        if found:
+            return 0
         if deadline.expired():
             silent = self._names(awaited)
             raise PeerStalled("silent until the deadline", rank=self.name, peer=silent, event_id=event_id)
+        return deadline.at_ns
 
     def _alive(self, index: int) -> bool:
         rank = self._ranks[index]

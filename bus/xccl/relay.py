@@ -149,6 +149,9 @@ class RoutedExpert:
         self._version = -1
         self._unsolved = False  # a cell is there whose writer's address has not been learned yet
         self._check_at_ns = 0
+        self._found_dead: set[tuple[int, int, int]] = (
+            set()
+        )  # owners (seat, microbatch, rank) that get a last look
         self._dropped = 0
 
     # ------------------------------------------------------------------ arrivals
@@ -343,7 +346,17 @@ class RoutedExpert:
             if owner != self._rank and (
                 self._table.incarnation(rank) != incarnation or not self._table.alive(rank)
             ):
-                self._native.fail(seat, microbatch, owner)
+                self._give_up(seat, microbatch, owner)
+
+    def _give_up(self, seat: int, microbatch: int, owner: int) -> None:
+        """Tell the guest that an owner is dead, unless its answer shows at one more look after its lock was free."""
+        if (seat, microbatch, owner) in self._found_dead:
+            self._found_dead.discard((seat, microbatch, owner))
+            self._native.fail(seat, microbatch, owner)
+            return
+        self._found_dead.add((seat, microbatch, owner))
+        place = CellPlace(CellKind.RETURN, owner, seat, microbatch)
+        self._native.look_again(self._shape.expert_cell(place))
 
     # ------------------------------------------------------------------ waiting
 

@@ -190,7 +190,9 @@ class RoutedAttention:
             patience = min(self._poll_ns, max(0, deadline.at_ns - now_ns()))
             if self._take(handle, weights, out, patience):
                 return
-            self._check_peers(handle, deadline)
+            if (dead := self._dead(handle)) is not None and self._take(handle, weights, out, 0):
+                return  # it had answered before it died
+            self._check_peers(handle, dead, deadline)
 
     def try_recv(self, handle: RoutedHandle, out: Float32Array) -> bool:
         """Take what has arrived; True once everything has. Does not block. See `e2a_recv`."""
@@ -214,15 +216,22 @@ class RoutedAttention:
             return SegmentCorrupt(text, rank=self._name, peer=peer, event_id=event_id)
         return PeerDied("process was replaced", rank=self._name, peer=peer, event_id=event_id)
 
-    def _check_peers(self, handle: RoutedHandle, deadline: Deadline) -> None:
-        event_id = handle.event.pack()
-        pending = sorted(self._native.pending(handle.token, handle.event.microbatch))
-        for expert, incarnation in pending:
+    def _dead(self, handle: RoutedHandle) -> int | None:
+        """Return an awaited expert rank whose process has ended, if there is one."""
+        for expert, incarnation in sorted(self._native.pending(handle.token, handle.event.microbatch)):
             rank = Rank("expert", expert)
             if self._table.incarnation(rank) != incarnation or not self._table.alive(rank):
-                raise PeerDied("process has ended", rank=self._name, peer=str(rank), event_id=event_id)
+                return expert
+        return None
+
+    def _check_peers(self, handle: RoutedHandle, dead: int | None, deadline: Deadline) -> None:
+        """Raise if `dead` has not answered, even after its lock was found free, or if the deadline has passed."""
+        event_id = handle.event.pack()
+        pending = sorted(rank for rank, _ in self._native.pending(handle.token, handle.event.microbatch))
+        if dead in pending:
+            raise PeerDied("process has ended", rank=self._name, peer=f"expert-{dead}", event_id=event_id)
         if deadline.expired():
-            silent = ",".join(f"expert-{r}" for r, _ in pending)
+            silent = ",".join(f"expert-{r}" for r in pending)
             raise PeerStalled("no answer by the deadline", rank=self._name, peer=silent, event_id=event_id)
 
     # ------------------------------------------------------------------ the rest
