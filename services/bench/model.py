@@ -3,7 +3,7 @@
 1. The checkpoint is the one given, or a random one (`checkpoint.SHAPE`); llama.cpp gets the same weights as GGUF.
 2. Every way is one process, or two that share the batch (the shape of a pod); all stay alive and sleep between tasks.
 3. For each shape the ways take turns, several rounds long, so that a disturbance hits all of them.
-4. Greedy tokens of all ways are compared: who computes something else is named.
+4. Greedy tokens of all ways are compared: who computes something else (INT8 must) is named.
 
 A decode figure is batch / median step; of two processes, the sum. A prefill figure is prompt tokens / seconds.
 """
@@ -22,12 +22,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from bus.bench.machine import facts
 from bus.errors import ConfigError
 from services.bench.checkpoint import write_random
 from services.model.config import load_config
+from services.quantize.layer import Recipe
+from services.quantize.quantizer import quantize
 
 OURS = "ours"
+GGUF_NAME, INT8_NAME = "model.gguf", "int8"
 ANSWER_TIMEOUT_S = 600
 
 
@@ -40,17 +45,19 @@ class Way:
     threads: int
     processes: int = 1
     modules: tuple[str, ...] = ()
+    int8: bool = False
 
-    def arguments(self, folder: Path, gguf: Path) -> list[str]:
+    def arguments(self, folder: Path, scratch: Path) -> list[str]:
         """Return the command's arguments."""
         if self.engine == "ours":
-            return [str(folder)]
-        return [str(gguf if self.engine == "llama_cpp" else folder), str(self.threads)]
+            return [str(scratch / INT8_NAME if self.int8 else folder)]
+        return [str(scratch / GGUF_NAME if self.engine == "llama_cpp" else folder), str(self.threads)]
 
 
 WAYS = (
     Way(OURS, "ours", 1),
     Way("ours, 2 processes", "ours", 1, 2),
+    Way("ours, INT8", "ours", 1, int8=True),
     Way("transformers", "transformers", 1, modules=("torch", "transformers")),
     Way("transformers, 2 threads", "transformers", 2, modules=("torch", "transformers")),
     Way("llama.cpp", "llama_cpp", 1, modules=("llama_cpp", "gguf")),
@@ -159,10 +166,13 @@ class Runner:
         for module in way.modules:
             if importlib.util.find_spec(module) is None:
                 raise EngineMissing(f"{module} is not installed")
-        gguf = scratch / "model.gguf"
-        if way.engine == "llama_cpp" and not gguf.exists():
-            _call([sys.executable, "-m", "services.bench.gguf_file", str(folder), str(gguf)])
-        command = [sys.executable, "-m", f"services.bench.engines.{way.engine}", *way.arguments(folder, gguf)]
+        _prepare(way, folder, scratch)
+        command = [
+            sys.executable,
+            "-m",
+            f"services.bench.engines.{way.engine}",
+            *way.arguments(folder, scratch),
+        ]
         self._processes = [self._start(command) for _ in range(way.processes)]
         try:
             for process in self._processes:
@@ -229,6 +239,19 @@ def _figure(
 
 def _tokens(answers: list[dict[str, Any]]) -> list[int]:
     return [token for answer in answers for row in answer["token_ids"] for token in row]
+
+
+def _prepare(way: Way, folder: Path, scratch: Path) -> None:
+    """Write the checkpoint in the form that the way needs. Raises EngineMissing: it cannot be."""
+    if way.engine == "llama_cpp" and not (scratch / GGUF_NAME).exists():
+        module = "services.bench.gguf_file"
+        _call([sys.executable, "-m", module, str(folder), str(scratch / GGUF_NAME)])
+    if way.int8:
+        token_ids = np.random.default_rng(0).integers(0, load_config(folder).vocab_size, (4, 64))
+        try:
+            quantize(folder, scratch / INT8_NAME, token_ids, Recipe(compensate=False), lambda *_: None)
+        except ConfigError as error:
+            raise EngineMissing(str(error)) from error
 
 
 def _call(command: Sequence[str]) -> None:
