@@ -194,6 +194,10 @@ async def test_a_living_worker_that_could_not_be_reached_is_tried_again(
     monkeypatch.setattr(process, "RECONNECT_NS", 1)
     client, executor = gateway(config, shell, callers), worker(config, shell, callers)
     executor.disconnect()
+    name = executor.name.encode()
+    await async_eventually(
+        lambda: not shell._router.send(name, create_request()), timeout_s=TIMEOUT_S, what="the router sees it"
+    )
     shell.post(ExecutorConnected(ready_of(executor)))
     await client.say(create_request(max_tokens=1))
     await async_eventually(
