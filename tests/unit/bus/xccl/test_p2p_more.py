@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -391,9 +393,21 @@ def test_lanes_share_the_copy_of_a_large_array(pod: str, num_bytes: int) -> None
         end.close()
 
 
+def can_read_processes() -> bool:
+    """Whether the system has process_vm_readv and allows it here: an emulator may lack it, a container forbid it."""
+    libc, source, target = ctypes.CDLL(None, use_errno=True), ctypes.c_uint64(7), ctypes.c_uint64()
+    if not hasattr(libc, "process_vm_readv"):
+        return False
+    remote, local = ((ctypes.c_size_t * 2)(ctypes.addressof(word), 8) for word in (source, target))
+    libc.process_vm_readv(os.getpid(), local, ctypes.c_ulong(1), remote, ctypes.c_ulong(1), ctypes.c_ulong(0))
+    return target.value == source.value
+
+
 @pytest.fixture
 def readable(sides: tuple[Side, Side]) -> tuple[Side, Side]:
     """Sides whose first message is over: B has shown that it reads A's memory."""
+    if not can_read_processes():
+        pytest.skip("no process may read another's memory here: large arrays go through the ring")
     a, b = sides
     together(lambda: a.p2p.send(np.ones(3), B, 0, soon()), lambda: b.p2p.recv(None, A, 0, soon()))
     return a, b
