@@ -31,14 +31,15 @@ from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
 from bus.xccl.group import AddressTable
 from bus.xccl.trampoline import RoutedAttention
-from services.attention.executor import Experts, StepExecutor
-from services.attention.hot_loop import HotLoop
+from services.attention.experts import RemoteExperts
 from services.balance.placement import ExpertMap
 from services.model.attention_model import AttentionModel
 from services.model.config import ModelConfig, load_config
 from services.model.numerics import check_row_independence
 from services.model.sampler import Sampler
 from services.pod import a2e_shape, create_segment, thread_failure
+from services.steps.executor import StepExecutor
+from services.steps.hot_loop import HotLoop
 
 STOP_TIMEOUT_S = 2.0
 
@@ -97,7 +98,15 @@ async def serve(
     """Run the hot loop until cancelled; raises what ended it."""
     table = AddressTable()
     side = RoutedAttention(segment, a2e_shape(config, model.config), member.index, table, config=config.xccl)
-    executor = make_executor(config, member, segment, model, Experts(side, table), num_blocks)
+    experts = remote_experts(config, member, segment, side, table, model.config)
+    executor = StepExecutor(
+        model,
+        model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens),
+        experts,
+        Sampler(settings.model_path(config), model.config.vocab_size),
+        rows_max=config.scheduler.max_num_batched_tokens,
+        incarnation=member.incarnation,
+    )
     loop = HotLoop(
         executor,
         segment,
@@ -120,35 +129,31 @@ async def serve(
         table.close()
 
 
-def make_executor(
+def remote_experts(
     config: PodConfig,
     member: Member,
     segment: Segment,
-    model: AttentionModel,
-    experts: Experts,
-    num_blocks: int,
-) -> StepExecutor:
-    """Return the executor over the segment's KV blocks."""
+    side: RoutedAttention,
+    table: AddressTable,
+    model: ModelConfig,
+) -> RemoteExperts:
+    """Return the way to the expert workers."""
     expert_map = ExpertMap.contiguous(
-        model.config.num_experts,
-        config.topology.expert_workers,
-        has_shared_expert=model.config.has_shared_expert,
+        model.num_experts, config.topology.expert_workers, has_shared_expert=model.has_shared_expert
     )
-    executor = StepExecutor(
-        model,
-        model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens),
-        experts,
+    experts = RemoteExperts(
+        side,
+        table,
         segment,
         expert_map,
         config.xccl,
         dp_rank=member.index,
         rows_max=config.scheduler.max_num_batched_tokens,
-        num_blocks=num_blocks,
-        block_tokens=config.kv.block_tokens,
-        sampler=Sampler(settings.model_path(config), model.config.vocab_size),
+        num_slots=model.top_k + int(expert_map.has_shared_expert),
+        hidden=model.hidden_size,
     )
-    executor.pod_map = lambda: member.pod_map
-    return executor
+    experts.pod_map = lambda: member.pod_map
+    return experts
 
 
 def greeting(config: PodConfig, member: Member, model: ModelConfig, num_blocks: int) -> ExecutorReady:

@@ -1,13 +1,13 @@
 """The scheduler of one DP group (the paper's DP master), as a pure state machine: events in,
 instructions out.
 
-Theory. `batch.py` says what a step computes; this file says when, for whom, and what becomes of the result.
-One step is outstanding at a time. Whenever none is and somebody can be served, the next plan goes out in the
-same call that made it possible, so there is no state in which work waits for a nudge. A step's tokens go
-straight to the gateway that holds the client. No clock, socket or randomness in here: `now_ns` comes in with
-each call.
+Theory. `services/batching/batch.py` says what a step computes; this file says when, for whom, and what
+becomes of the result. One step is outstanding at a time. Whenever none is and somebody can be served, the
+next plan goes out in the same call that made it possible, so there is no state in which work waits for a
+nudge. A step's tokens go straight to the gateway that holds the client. No clock, socket or randomness in
+here: `now_ns` comes in with each call.
 
-States of a request: see `request.py`. States of the executor: see `executor.py`. Losing the executor costs
+States of a request and of the executor: see `services/batching`. Losing the executor costs
 time only: every running request is preempted and computed again from prompt and output by the next
 incarnation; results of an older incarnation or of a forgotten step are ignored. While there is none, requests
 queue, each for a bounded time. A request under which several executors in a row are lost, without one step of
@@ -33,10 +33,13 @@ from bus.control.messages import (
     StepFailed,
     StepPlan,
 )
+from services.batching.admission import Refusal, length_refusal, refusal, vocabulary_refusal
+from services.batching.answers import complaint
+from services.batching.batch import Batcher, ScheduledRequest
+from services.batching.executor import Executor, OutstandingStep
+from services.batching.request import FINISHED, Request, RequestStatus
 from services.cache.blocks import BlockPool
 from services.scheduler import replies
-from services.scheduler.admission import Refusal, length_refusal, refusal, vocabulary_refusal
-from services.scheduler.batch import Batcher, ScheduledRequest
 from services.scheduler.events import (
     Event,
     ExecutorConnected,
@@ -47,8 +50,6 @@ from services.scheduler.events import (
     SendPlan,
     Tick,
 )
-from services.scheduler.executor import Executor, OutstandingStep
-from services.scheduler.request import FINISHED, Request, RequestStatus
 from services.scheduler.settings import CoreSettings, Counters
 
 STEPS_PER_INCARNATION = 1 << 20
@@ -277,9 +278,9 @@ class SchedulerCore:
 
     def _advance(self, scheduled: ScheduledRequest, sampled: SampledToken | None) -> None:
         request = scheduled.request
-        complaint = replies.complaint(scheduled, sampled, self._limits.vocab_size)
-        if sampled is None or complaint is not None:
-            self._fail(request, "executor_protocol", complaint or "", retryable=True)
+        fault = complaint(scheduled, sampled, self._limits.vocab_size)
+        if sampled is None or fault is not None:
+            self._fail(request, "executor_protocol", fault or "", retryable=True)
             return
         if sampled.error:
             self._fail(request, "no_token_left", sampled.error, retryable=False)

@@ -41,7 +41,7 @@ from bus.control.messages import (
 )
 from bus.control.sockets import QueueFull, Router
 from bus.errors import ConfigError, ProtocolError
-from services.scheduler.admission import Limits
+from services.batching.admission import Limits
 from services.scheduler.core import SchedulerCore
 from services.scheduler.events import (
     Event,

@@ -1,4 +1,4 @@
-"""What a gateway is told, and whether the executor's answer can be trusted to tell it."""
+"""What a gateway is told."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from bus.control.messages import (
     RequestAccepted,
     RequestFailed,
     RequestRejected,
-    SampledToken,
     TokenLogprob,
     TokensGenerated,
 )
-from services.scheduler.admission import Refusal
-from services.scheduler.batch import ScheduledRequest
+from services.batching.admission import Refusal
+from services.batching.request import Finish, Request
 from services.scheduler.events import Reply
-from services.scheduler.request import Finish, Request
 
 
 def accepted(request: Request) -> Reply:
@@ -73,17 +71,3 @@ def generated(
             num_cached_tokens=max(0, request.num_cached_tokens),
         ),
     )
-
-
-def complaint(scheduled: ScheduledRequest, sampled: SampledToken | None, vocab_size: int) -> str | None:
-    """Return what is wrong with the executor's answer for one request, None when it is as planned."""
-    if sampled is None:
-        return "the attention worker left a planned request out of its answer"
-    if scheduled.sample and not sampled.error and not 0 <= sampled.token_id < vocab_size:
-        return f"the attention worker drew token id {sampled.token_id}; vocab_size is {vocab_size}"
-    if len(sampled.prompt_logprobs) != scheduled.num_prompt_logprobs:
-        return (
-            f"the attention worker sent {len(sampled.prompt_logprobs)} prompt log-probabilities "
-            f"instead of {scheduled.num_prompt_logprobs}"
-        )
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from services.scheduler.admission import Limits
+from services.batching.admission import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from bus.control.messages import (
     TokenLogprob,
     TokensGenerated,
 )
-from services.scheduler.admission import Limits
+from services.batching.admission import Limits
 from services.scheduler.core import SchedulerCore
 from services.scheduler.events import (
     Event,

@@ -17,7 +17,7 @@ from bus.control.messages import (
     TokenLogprob,
     TokensGenerated,
 )
-from services.scheduler.admission import Limits
+from services.batching.admission import Limits
 from services.scheduler.core import SchedulerCore
 from services.scheduler.events import Event, ExecutorConnected, FromGateway, Instruction, Reply, SendPlan
 from services.scheduler.settings import CoreSettings

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"bus", "gateway", "services", "tests"}
-SHARED = {"model", "cache", "balance", "demo", "quantize"}  # folders of `services` that any role may import
+SHARED = {"model", "cache", "balance", "batching", "steps", "demo", "quantize"}  # that any role may import
 IMPURE_MODULES = """
     asyncio concurrent datetime fcntl mmap multiprocessing os posix_ipc random secrets select selectors signal
     socket subprocess threading time uuid uvicorn uvloop zmq

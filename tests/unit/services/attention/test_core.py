@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bus.control.messages import Member, PlannedSequence, PodMap, SamplingParams, StepPlan
-from services.attention.core import ExpertDirectory, check_plan, lay_out
+from services.attention.core import ExpertDirectory
+from services.steps.rows import check_plan, lay_out
 
 
 def sequence(request_id: str = "a", tokens: tuple[int, ...] = (1, 2, 3), **fields: object) -> PlannedSequence:

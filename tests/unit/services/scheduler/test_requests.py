@@ -13,7 +13,7 @@ from bus.control.messages import (
     StepCompleted,
     TokensGenerated,
 )
-from services.scheduler.admission import Limits
+from services.batching.admission import Limits
 from services.scheduler.events import FromGateway, GatewayLost
 from tests.harness.scheduling import GATEWAY, Driver, add, connected, create_core, create_request
 

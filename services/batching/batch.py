@@ -28,9 +28,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from bus.control.messages import PlannedSequence
+from services.batching.request import Request, RequestStatus
 from services.cache.block_hash import BlockHash, root_hash
 from services.cache.blocks import BlockPool
-from services.scheduler.request import Request, RequestStatus
 
 
 @dataclass(frozen=True, slots=True, eq=False)

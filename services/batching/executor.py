@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bus.control.messages import ExecutorReady, StepCompleted, StepFailed
-from services.scheduler.batch import ScheduledRequest
+from services.batching.batch import ScheduledRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import structlog
 from bus.control.messages import ExecutorReady, Member, StepCompleted, StepFailed, StepPlan
 from bus.control.sockets import SyncDealer
 from bus.memory.segment import Segment
-from services.attention.executor import ExpertsAway, StepAbandoned, StepExecutor
+from services.steps.executor import ExpertsAway, StepAbandoned, StepExecutor
 
 IDLE_POLL_MS = 500
 SEND_TIMEOUT_MS = 1_000
@@ -43,7 +43,7 @@ class HotLoop:
         self._thread = threading.Thread(target=self._run, name="attention-hot-loop", daemon=True)
         self._log = structlog.get_logger()
         self.on_failure: Callable[[BaseException], None] = lambda error: None
-        executor.wanted = self._wanted
+        executor.experts.wanted = self._wanted
 
     def start(self) -> None:
         """Start the thread."""

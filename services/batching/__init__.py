@@ -1,0 +1,1 @@
+"""Continuous batching of one executor, pure: requests, queues, blocks, plans. For whoever schedules steps."""

@@ -1,0 +1,195 @@
+"""Runs one step plan: layers, exchanges with the experts, sampling. Called by the hot loop alone.
+
+Life of a step: lay the plan out as rows; embed; per layer run attention here and, at a mixture-of-experts layer, hand
+the normed rows to the experts, wherever they are, and add every pair's result in top-k order; take the logits of the
+rows that need them; sample. KV is written at fixed positions, so repeating a step, or a layer's exchange, is harmless.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bus.control.messages import PlannedSequence, SampledToken, StepCompleted, StepPlan, TokenLogprob
+from services.model import sampling
+from services.model.attention_model import AttentionModel, MoeInput
+from services.model.batch import Batch
+from services.model.grammar import GrammarError
+from services.model.kv_cache import KvCache
+from services.model.sampler import Sampler
+from services.steps.rows import StepRows, check_plan, lay_out
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class StepAbandoned(Exception):
+    """Nobody wants this step's result any more: the worker stops, or the scheduler that asked is gone."""
+
+
+class ExpertsAway(Exception):
+    """Expert workers stayed away longer than `xccl.peer_wait_timeout_ms`; the text names them."""
+
+
+class ExpertsSide(Protocol):
+    """Where the experts are: other processes (attention workers), or here (prefill workers)."""
+
+    wanted: Callable[[], bool]  # False once nobody wants the step's result; long waits look at it
+    num_retries: int  # exchanges that had to be sent again
+
+    def exchange(self, layer: int, moe: MoeInput, step_seq: int) -> Float32Array:
+        """Return [num_rows, num_slots, hidden] float32: each slot's expert output; valid until the next call.
+
+        `step_seq` grows with every step of this executor, and differs between its incarnations.
+
+        Raises: StepAbandoned, ExpertsAway.
+        """
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Return what was counted there, by name."""
+        ...
+
+
+@dataclass(slots=True)
+class ExecutorCounters:
+    """Work done by this worker; read by the control loop for heartbeats."""
+
+    steps: int = 0
+    computed_tokens: int = 0
+    sampled_tokens: int = 0
+
+
+class StepExecutor:
+    """Owns the model and the KV cache, and asks `experts` for their part. One thread.
+
+    Args:
+        rows_max: the largest step in tokens.
+        incarnation: of this process.
+    """
+
+    def __init__(
+        self,
+        model: AttentionModel,
+        kv: KvCache,
+        experts: ExpertsSide,
+        sampler: Sampler,
+        *,
+        rows_max: int,
+        incarnation: int,
+    ):
+        self.experts = experts
+        self._model, self._kv, self._sampler = model, kv, sampler
+        self._rows_max = rows_max
+        # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
+        self._step_seq = (incarnation & 0xFFF) << 20
+        self.counters = ExecutorCounters()
+
+    def counters_now(self) -> dict[str, int]:
+        """Work counted where it happened, and what this worker holds of the model."""
+        return {
+            **asdict(self.counters),
+            **self.experts.counters(),
+            "kv_cache_bytes": self._kv.array.nbytes,
+            "held_weight_bytes": self._model.weights.held_bytes,
+            "held_expert_tensors": sum("experts." in name for name in self._model.weights.tensor_names),
+        }
+
+    def run(self, plan: StepPlan, incarnation: int) -> StepCompleted:
+        """Compute `plan`.
+
+        Raises:
+            ValueError: the plan is out of bounds; nothing was computed.
+            StepAbandoned, ExpertsAway: see there; KV of the planned positions may be partly written.
+        """
+        started = time.monotonic_ns()
+        check_plan(
+            plan,
+            rows_max=self._rows_max,
+            num_blocks=self._kv.num_blocks,
+            block_tokens=self._kv.block_tokens,
+            vocab_size=self._model.config.vocab_size,
+        )
+        rows = lay_out(plan)
+        self._step_seq += 1
+        num_retries = self.experts.num_retries
+        logits = self._forward(rows)
+        sampled = self._sample_all(plan, rows, logits)
+        self.counters.steps += 1
+        self.counters.computed_tokens += rows.num_rows
+        return StepCompleted(
+            step_id=plan.step_id,
+            incarnation=incarnation,
+            sampled=sampled,
+            duration_us=(time.monotonic_ns() - started) // 1000,
+            attempts=1 + self.experts.num_retries - num_retries,
+        )
+
+    def _forward(self, rows: StepRows) -> Float32Array:
+        batch = Batch(
+            rows.token_ids, rows.positions, rows.seq_of_row, rows.block_tables, self._kv.block_tokens
+        )
+        hidden = self._model.embed(batch)
+        for layer in range(self._model.config.num_hidden_layers):
+            hidden, moe = self._model.attend(layer, hidden, batch, self._kv)
+            if moe is not None:
+                hidden = self._model.add_moe(hidden, self.experts.exchange(layer, moe, self._step_seq), moe)
+        return self._model.logits(hidden[rows.logit_rows])
+
+    # ------------------------------------------------------------------ sampling
+
+    def _sample_all(self, plan: StepPlan, rows: StepRows, logits: Float32Array) -> tuple[SampledToken, ...]:
+        sampled = []
+        next_row = 0
+        for sequence in plan.sequences:
+            num_prompt_rows = len(sequence.next_prompt_token_ids)
+            prompt = self._prompt_logprobs(sequence, logits[next_row : next_row + num_prompt_rows])
+            next_row += num_prompt_rows
+            token_id, logprob, error = -1, None, ""
+            if sequence.sample:
+                try:
+                    token_id, logprob = self._sample(sequence, logits[next_row])
+                except (GrammarError, ValueError) as failure:
+                    error = str(failure)
+                next_row += 1
+            sampled.append(
+                SampledToken(
+                    request_id=sequence.request_id,
+                    token_id=token_id,
+                    logprob=logprob,
+                    prompt_logprobs=prompt,
+                    error=error,
+                )
+            )
+        return tuple(sampled)
+
+    def _sample(self, sequence: PlannedSequence, logits: Float32Array) -> tuple[int, TokenLogprob | None]:
+        params = sequence.sampling
+        assert params is not None  # check_plan
+        token_id = self._sampler.draw(
+            logits,
+            params,
+            request_id=sequence.request_id,
+            position=sequence.start + len(sequence.token_ids),
+            allow_stop=sequence.allow_stop,
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+        )
+        self.counters.sampled_tokens += 1
+        if params.logprobs < 0:
+            return token_id, None
+        return token_id, sampling.token_logprob(logits, token_id, params.logprobs)
+
+    def _prompt_logprobs(self, sequence: PlannedSequence, logits: Float32Array) -> tuple[TokenLogprob, ...]:
+        params = sequence.sampling
+        if params is None or not sequence.next_prompt_token_ids:
+            return ()
+        num_top = max(0, params.prompt_logprobs)
+        following = sequence.next_prompt_token_ids
+        return tuple(
+            sampling.token_logprob(row, token, num_top) for row, token in zip(logits, following, strict=True)
+        )
