@@ -34,6 +34,7 @@ class TopologyConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
 
     dp_groups: int = 2  # each a scheduler and an attention worker
     expert_workers: int = 4  # at most the model's experts
+    prefill_workers: int = 0  # with a TE-shell that leads them; 0 = DP groups prefill themselves
 
 
 class SchedulerConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +45,16 @@ class SchedulerConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     max_waiting_requests: int = 256  # beyond it: 429
     max_model_len: int = 0  # 0 = the model's own window
     enable_prefix_caching: bool = True  # reuse the KV of prompt prefixes that were computed before
+
+
+class PrefillConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prefill workers, where there are any."""
+
+    max_num_seqs: int = 32  # prompts that one worker computes at once
+    max_num_batched_tokens: int = 512  # tokens of one step of a prefill worker
+    cache_tokens: int = 16384  # KV cache of one prefill worker, in tokens
+    tokens_min: int = 64  # a request that lacks fewer tokens is computed by its DP group itself
+    max_waiting_tasks: int = 1024  # beyond it, DP groups prefill themselves
 
 
 class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +129,7 @@ class PodConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     log_format: str = "console"  # console or json
     topology: TopologyConfig = TopologyConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    prefill: PrefillConfig = PrefillConfig()
     kv: KvConfig = KvConfig()
     attention: AttentionConfig = AttentionConfig()
     xccl: XcclConfig = XcclConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bus.errors import ConfigError
 
@@ -20,10 +20,16 @@ _MS = (1, 3_600_000)
 _RANGES: dict[str, tuple[int, int]] = {
     "topology.dp_groups": _COUNT,
     "topology.expert_workers": _COUNT,
+    "topology.prefill_workers": (0, 64),
     "scheduler.max_num_seqs": (1, 4096),
     "scheduler.max_num_batched_tokens": (1, 65_536),
     "scheduler.max_waiting_requests": (1, 1_000_000),
     "scheduler.max_model_len": (0, 10_000_000),
+    "prefill.max_num_seqs": (1, 4096),
+    "prefill.max_num_batched_tokens": (1, 1_048_576),
+    "prefill.cache_tokens": (1, 100_000_000),
+    "prefill.tokens_min": (1, 10_000_000),
+    "prefill.max_waiting_tasks": (1, 1_000_000),
     "kv.block_tokens": (1, 1024),
     "kv.cache_tokens": (1, 100_000_000),
     "xccl.spin_us": (0, 10_000),
@@ -84,13 +90,10 @@ def _validate_relations(config: PodConfig) -> None:
     kv, beat, launcher, scheduler = config.kv, config.heartbeat, config.launcher, config.scheduler
     power_of_two = kv.block_tokens & (kv.block_tokens - 1) == 0
     _require(power_of_two, "kv.block_tokens", kv.block_tokens, "must be a power of two")
-    whole = kv.cache_tokens % kv.block_tokens == 0
-    _require(
-        whole,
-        "kv.cache_tokens",
-        kv.cache_tokens,
-        f"must be a multiple of kv.block_tokens = {kv.block_tokens}",
-    )
+    for name in ("kv.cache_tokens", "prefill.cache_tokens"):
+        cache_tokens = cast("int", _value(config, name))
+        rule = f"must be a multiple of kv.block_tokens = {kv.block_tokens}"
+        _require(cache_tokens % kv.block_tokens == 0, name, cache_tokens, rule)
     _require(
         scheduler.max_num_batched_tokens >= scheduler.max_num_seqs,
         "scheduler.max_num_batched_tokens",

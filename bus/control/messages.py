@@ -280,6 +280,7 @@ class PlannedSequence(
     next_prompt_token_ids: tuple[int, ...] = ()  # for prompt logprobs: the token after each row that has one
     prompt_token_ids: tuple[int, ...] = ()  # the whole prompt, where `sampling.uses_prompt`
     output_token_ids: tuple[int, ...] = ()  # all output so far, where `sampling.uses_outputs`
+    offer_kv: bool = False  # prefill: offer the blocks for transfer once this step has computed them
 
 
 class StepPlan(Message, frozen=True, kw_only=True):
@@ -290,6 +291,21 @@ class StepPlan(Message, frozen=True, kw_only=True):
     sequences: tuple[PlannedSequence, ...]
 
 
+class KvTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Metadata of a finished prefill: where its KV lies, and what proves that it still lies there.
+
+    The blocks stay pinned until somebody has fetched them or the offer is withdrawn (paper section 6, steps 3 and 8a).
+    """
+
+    index: int  # of the prefill worker
+    incarnation: int
+    segment: str
+    slot: int  # of the segment's transfer table
+    serial: int  # that the slot holds while the offer stands; unique within the incarnation
+    num_tokens: int  # whose KV the blocks hold
+    block_ids: tuple[int, ...]  # in the order of the tokens
+
+
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The token drawn for one planned sequence."""
 
@@ -298,6 +314,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str = ""  # why no token could be drawn; the request cannot go on
+    ticket: KvTicket | None = None  # where the sequence's KV was offered; present when `offer_kv` was asked
 
 
 class StepCompleted(Message, frozen=True, kw_only=True):
@@ -317,3 +334,88 @@ class StepFailed(Message, frozen=True, kw_only=True):
     incarnation: int
     code: str
     message: str
+
+
+# --------------------------------------------------------------------------- prefill (scheduler <-> prefill leader)
+
+
+class AddPrefill(Message, frozen=True, kw_only=True):
+    """Scheduler -> prefill leader (TE-shell). Idempotent by `task_id`, which a scheduler's incarnation uses once.
+
+    Computes prompt and output tokens so far, and draws the next one.
+    """
+
+    task_id: int
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams
+
+
+class AbortPrefill(Message, frozen=True, kw_only=True):
+    """Scheduler -> prefill leader: not wanted any more, computed or not. Unknown ids are ignored."""
+
+    task_id: int
+
+
+class PrefillCompleted(Message, frozen=True, kw_only=True):
+    """Prefill leader -> scheduler: metadata only; the KV moves when the decode side fetches it."""
+
+    task_id: int
+    sampled: SampledToken
+    ticket: KvTicket
+    num_cached_tokens: int = 0  # prompt tokens that the prefill worker had cached
+
+
+class PrefillFailed(Message, frozen=True, kw_only=True):
+    """Prefill leader -> scheduler: the task is forgotten. `retryable` = nothing is wrong with the request."""
+
+    task_id: int
+    code: str
+    message: str
+    retryable: bool = True
+
+
+# --------------------------------------------------------------------------- KV transfer (an executor and its planner)
+
+
+class WithdrawOffers(Message, frozen=True, kw_only=True):
+    """Prefill leader -> prefill worker: end these offers. Unknown serials are ignored."""
+
+    scheduler_incarnation: int  # the leader's
+    serials: tuple[int, ...]
+
+
+class OffersEnded(Message, frozen=True, kw_only=True):
+    """Prefill worker -> prefill leader: fetched or withdrawn; nobody reads these blocks any more. Once per offer."""
+
+    incarnation: int
+    serials: tuple[int, ...]
+
+
+class FetchKv(Message, frozen=True, kw_only=True):
+    """Scheduler -> attention worker: receive KV, between steps.
+
+    Blocks `first_block`.. of the ticket go to `block_ids`, in order; those before it are cached here already.
+    """
+
+    fetch_id: int
+    scheduler_incarnation: int
+    ticket: KvTicket
+    first_block: int
+    block_ids: tuple[int, ...]
+
+
+class CancelFetch(Message, frozen=True, kw_only=True):
+    """Scheduler -> attention worker: stop. Answered by `KvFetched` all the same, unless that was sent before."""
+
+    fetch_id: int
+    scheduler_incarnation: int
+
+
+class KvFetched(Message, frozen=True, kw_only=True):
+    """Attention worker -> scheduler: the receive is over; `block_ids` are not written any more."""
+
+    fetch_id: int
+    incarnation: int
+    error: str = ""  # "" = all of it has arrived
