@@ -36,6 +36,7 @@ copy_blocks(Job *job)
         if (copy_part(&job->what, at, left < LANE_BLOCK_BYTES ? left : LANE_BLOCK_BYTES) < 0) {
             __atomic_store_n(&job->error, errno, __ATOMIC_RELAXED);
         }
+        FAULT("block-copied");
         num_copied++;
         if (__atomic_add_fetch(&job->num_done, 1, __ATOMIC_RELEASE) == job->num_blocks) { /* SYNC: lane-block */
             wake_sleepers(&job->num_done, 1);

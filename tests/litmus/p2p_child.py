@@ -30,7 +30,7 @@ def endpoint_of(me: Rank, pod: str, incarnation: int) -> Endpoint:
         world=WORLD,
         me=me,
         incarnation=incarnation,
-        config=XcclConfig(),
+        config=XcclConfig(num_lanes=2),
         p2p_peers=[peer for peer in WORLD.ranks if peer != me],
         p2p_ring=RING,
         app_bytes=1 << 16,

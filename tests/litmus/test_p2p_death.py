@@ -6,6 +6,7 @@ dead one's owner lock.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from bus.memory import _native
 from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
 from bus.xccl.endpoint import P2P_ACK_LANE, P2P_DATA_LANE, Endpoint
 from bus.xccl.p2p import P2p
+from tests.harness.reading import NO_READING, can_read_processes
 from tests.litmus.p2p_child import (
     LAST_MESSAGE,
     LIVING,
@@ -32,10 +34,16 @@ from tests.litmus.p2p_child import (
     soon,
 )
 
-ONE_RECORD, MANY_RECORDS, READ_WHOLE = 64, 2000, 200_000
-SIZES = pytest.mark.parametrize("num_bytes", [ONE_RECORD, MANY_RECORDS], ids=["one-record", "many-records"])
+ONE_RECORD, MANY_RECORDS, READ_WHOLE = 64, 2000, 600_000  # the last is offered for reading, in lanes
+NEEDS_READING = pytest.mark.skipif(not can_read_processes(), reason=NO_READING)
+SIZES = pytest.mark.parametrize(
+    "num_bytes",
+    [ONE_RECORD, MANY_RECORDS, pytest.param(READ_WHOLE, marks=NEEDS_READING)],
+    ids=["one-record", "many-records", "read-whole"],
+)
 SENDER_POINTS = ["claimed", "copied", "recorded", "cell-begun", "published", "rung"]
 RECEIVER_POINTS = ["peeked", "copied-out", "cell-begun", "published", "rung", "acknowledging", "acknowledged"]
+LANE_POINTS = ["block-copied"]
 PUBLISHED = ("published", "rung")
 Spawn = Callable[..., Any]
 
@@ -101,6 +109,16 @@ def receive_all(p2p: P2p, incarnation: int, num_bytes: int = MANY_RECORDS) -> No
     assert np.array_equal(p2p.recv(None, SENDER, 3, soon()), LAST_MESSAGE)
 
 
+def send_all(p2p: P2p, peers: Peers, num_bytes: int) -> None:
+    """Send the three messages to the next incarnation of a receiver, and close."""
+    next_one = peers.start(num_bytes=num_bytes)
+    p2p.send(first_message(2), RECEIVER, 1, soon())
+    p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
+    p2p.send(LAST_MESSAGE, RECEIVER, 3, soon())
+    assert_finished(next_one)
+    p2p.close()
+
+
 # ------------------------------------------------------------------ the sender dies
 
 
@@ -109,12 +127,16 @@ def receive_all(p2p: P2p, incarnation: int, num_bytes: int = MANY_RECORDS) -> No
 def test_a_sender_killed_at_every_point(
     spawn: Spawn, receiver: Endpoint, faulty_build: Path, point: str, num_bytes: int
 ) -> None:
-    """Before the tail is published nothing of the message is visible; afterwards a whole one is received first."""
+    """Before the tail is published nothing of the message is visible; afterwards a whole one is received first.
+
+    One that is offered for reading is whole if it was read before its sender was gone.
+    """
     p2p, peers = P2p(receiver), Peers(spawn, receiver, "sender", faulty_build)
     child = peers.start(point, num_bytes)
     assert np.array_equal(p2p.recv(None, SENDER, 1, soon()), first_message(1))
-    if point in PUBLISHED and num_bytes == ONE_RECORD:
-        assert np.array_equal(p2p.recv(None, SENDER, 2, soon()), second_message(num_bytes))
+    if point in PUBLISHED and num_bytes != MANY_RECORDS:
+        with contextlib.suppress(PeerDied) if num_bytes == READ_WHOLE else contextlib.nullcontext():
+            assert np.array_equal(p2p.recv(None, SENDER, 2, soon()), second_message(num_bytes))
     with pytest.raises(PeerDied, match=r"rank expert-0, peer attention-0, event 0x2"):
         p2p.recv(None, SENDER, 2, soon())
     assert_died_at(child, point)
@@ -177,6 +199,7 @@ def test_a_sender_killed_while_its_message_is_half_through(spawn: Spawn, receive
         p2p.recv(None, SENDER, 2, soon())
 
 
+@NEEDS_READING
 def test_an_array_that_a_dead_sender_offered_for_reading_is_lost(spawn: Spawn, receiver: Endpoint) -> None:
     """Its memory went with it. The next incarnation offers its own, and its arrays are read there."""
     p2p, peers = P2p(receiver), Peers(spawn, receiver, "sender")
@@ -217,24 +240,33 @@ def test_a_receiver_killed_at_every_point(
 
     What it publishes in the middle of many records is only how far it is.
     """
-    if point == "viewed" and num_bytes == MANY_RECORDS:
-        num_bytes = 200  # what is looked at in place is one record
+    if point == "viewed":
+        num_bytes = min(num_bytes, 200)  # what is looked at in place is one record
     p2p, peers = P2p(sender), Peers(spawn, sender, "receiver", faulty_build)
     child = peers.start(point, num_bytes)
     p2p.send(first_message(1), RECEIVER, 1, soon())
-    if point == "acknowledged" or (point in PUBLISHED and num_bytes == ONE_RECORD):
+    if point == "acknowledged" or (point in PUBLISHED and num_bytes != MANY_RECORDS):
         p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
     with pytest.raises(PeerDied, match=r"rank attention-0, peer expert-0, event 0x2"):
         p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
     assert_died_at(child, point)
     if point == "cell-begun":
         assert _native.load_u64(sender.segment.buf, sender.cell_from(RECEIVER, P2P_ACK_LANE)) == 0
-    next_one = peers.start(num_bytes=num_bytes)
-    p2p.send(first_message(2), RECEIVER, 1, soon())
-    p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
-    p2p.send(LAST_MESSAGE, RECEIVER, 3, soon())
-    assert_finished(next_one)
-    p2p.close()
+    send_all(p2p, peers, num_bytes)
+
+
+@NEEDS_READING
+def test_a_receiver_killed_in_the_middle_of_its_lanes(
+    spawn: Spawn, sender: Endpoint, faulty_build: Path
+) -> None:
+    p2p, peers = P2p(sender), Peers(spawn, sender, "receiver", faulty_build)
+    for point in LANE_POINTS:
+        child = peers.start(point, READ_WHOLE)
+        p2p.send(first_message(1), RECEIVER, 1, soon())
+        with pytest.raises(PeerDied, match=r"rank attention-0, peer expert-0, event 0x2"):
+            p2p.send(second_message(READ_WHOLE), RECEIVER, 2, soon())
+        assert_died_at(child, point)
+    send_all(p2p, peers, READ_WHOLE)
 
 
 # ------------------------------------------------------------------ others
