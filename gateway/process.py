@@ -33,6 +33,7 @@ from bus import process
 from bus.clock import Deadline
 from bus.config import GatewayConfig, PodConfig
 from bus.control import endpoints, rpc
+from bus.control.link import Link
 from bus.control.member import Member
 from bus.control.messages import GetStatus, PodMap, Status
 from bus.control.sockets import Dealer
@@ -42,7 +43,7 @@ from gateway.completions import Api
 from gateway.core import JobExecutor
 from gateway.dispatcher import Dispatcher, Listener
 from gateway.jobs import JobLimits
-from gateway.links import SchedulerLink
+from gateway.links import scheduler_link
 from gateway.metrics import Metrics
 
 _HEADER_BYTES_MAX = 64 * 1024
@@ -141,8 +142,8 @@ async def run_gateway(config: PodConfig, index: int) -> None:
             counters=lambda: {"num_jobs": core.num_jobs(), "num_redispatches": core.counters.redispatches},
         )
 
-        def connect(endpoint: str, listen: Listener) -> SchedulerLink:
-            return SchedulerLink(endpoint, member.identity, listen)
+        def connect(endpoint: str, listen: Listener) -> Link:
+            return scheduler_link(endpoint, member.identity, listen)
 
         dispatcher = Dispatcher(core, connect)
         member.on_pod_map(dispatcher.take_pod_map)

@@ -25,7 +25,9 @@ free only when the step is over.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from bus.control.messages import PlannedSequence
 from services.batching.request import Request, RequestStatus
@@ -89,6 +91,7 @@ class Batcher:
         self.running: list[Request] = []
         self.pool: BlockPool | None = None
         self.retiring_block_ids: list[int] = []
+        self.num_arriving = 0  # seats kept for requests whose KV is on its way
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens of requests that were looked up when first admitted
         self.prefix_cache_hits = 0  # those of them that were found
@@ -103,6 +106,7 @@ class Batcher:
         self._root = root_hash(self._kv_identity, pool.block_tokens)
         for request in self.waiting:
             request.block_hashes = []  # they may have been made for another block size
+            request.stays = False
 
     def detach(self) -> None:
         """The blocks are gone, and the index with them: all who run are preempted, the oldest first in line."""
@@ -124,9 +128,47 @@ class Batcher:
         if step_under_way:
             self.retiring_block_ids += request.block_ids
         else:
-            self._free(request.block_ids)
+            self.free(request.block_ids)
         request.block_ids = []
         request.move_to(status)
+
+    def run(self, request: Request) -> None:
+        """Begin with a request whose blocks hold its computed tokens already."""
+        request.move_to(RequestStatus.RUNNING)
+        self.running.append(request)
+        self.publish(request)
+
+    def take_blocks(self, request: Request, num_tokens: int) -> int | None:
+        """Give it blocks for all its tokens, shared ones where the first `num_tokens` are cached in whole blocks.
+
+        Returns: how many are shared; None, and nothing has changed, when the others cannot be had.
+        """
+        pool = self.pool
+        assert pool is not None and not request.block_ids
+        hashes = (
+            request.extend_block_hashes(self._root, pool.block_tokens) if self._enable_prefix_caching else []
+        )
+        shared_ids = pool.match(hashes[: num_tokens // pool.block_tokens])
+        num_missing = pool.blocks_for(request.num_tokens) - len(shared_ids)
+        if not pool.can_allocate(num_missing, shared_ids):
+            return None
+        pool.share(shared_ids)
+        request.block_ids = shared_ids + pool.allocate(num_missing)
+        request.num_published_blocks = len(shared_ids)
+        return len(shared_ids)
+
+    def num_cached_tokens(self, request: Request) -> int:
+        """Return how many of its tokens need not be computed here."""
+        assert self.pool is not None
+        return len(self._cached_prefix(self.pool, request)) * self.pool.block_tokens
+
+    def count_lookup(self, request: Request, num_cached_tokens: int) -> None:
+        """Note, the first time, how many of its tokens were found cached."""
+        if not self._enable_prefix_caching or request.wants_prompt_logprobs or request.num_cached_tokens >= 0:
+            return
+        request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
+        self.prefix_cache_queries += request.num_tokens
+        self.prefix_cache_hits += num_cached_tokens
 
     def publish(self, request: Request) -> None:
         """Name the blocks of a running request that have become full; no step may be under way."""
@@ -142,7 +184,7 @@ class Batcher:
 
     def release_retired(self) -> None:
         """The step is over: nobody writes retired blocks any more."""
-        self._free(self.retiring_block_ids)
+        self.free(self.retiring_block_ids)
         self.retiring_block_ids = []
 
     def schedule(self) -> list[ScheduledRequest]:
@@ -184,7 +226,7 @@ class Batcher:
 
     def _admit_waiting(self, pool: BlockPool, step: list[ScheduledRequest]) -> None:
         budget = self.max_num_batched_tokens - sum(scheduled.num_tokens for scheduled in step)
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget > 0 and len(self.running) + self.num_arriving < self.max_num_seqs:
             request = self.waiting[0]
             cached_ids = self._cached_prefix(pool, request)
             if self._is_coming(pool, request, len(cached_ids), step):
@@ -231,28 +273,26 @@ class Batcher:
         request.block_ids = cached_ids.copy()
         request.num_computed_tokens = num_tokens
         request.num_published_blocks = len(cached_ids)
-        if not self._enable_prefix_caching or request.wants_prompt_logprobs or request.num_cached_tokens >= 0:
-            return
-        request.num_cached_tokens = min(num_tokens, request.num_prompt_tokens)
-        self.prefix_cache_queries += request.num_tokens
-        self.prefix_cache_hits += num_tokens
+        self.count_lookup(request, num_tokens)
 
     def _preempt(self, request: Request) -> None:
-        self._free(request.block_ids)
+        self.free(request.block_ids)
         request.block_ids = []
         request.forget_computed()
         request.move_to(RequestStatus.PREEMPTED)
+        request.stays = False
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
-    def _free(self, block_ids: list[int]) -> None:
+    def free(self, block_ids: list[int]) -> None:
+        """Give back one reference to each."""
         if block_ids:
             assert self.pool is not None, "blocks outlived their pool"
             self.pool.free(block_ids)
 
-    def check_invariants(self) -> None:
-        """Assert that states, collections and blocks agree."""
-        held = list(self.retiring_block_ids)
+    def check_invariants(self, held_elsewhere: Iterable[list[int]] = ()) -> None:
+        """Assert that states, collections and blocks agree; `held_elsewhere` names blocks of requests not in here."""
+        held = [*self.retiring_block_ids, *chain.from_iterable(held_elsewhere)]
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request
             assert not request.block_ids and request.num_computed_tokens == 0, request
@@ -266,7 +306,7 @@ class Batcher:
             held += request.block_ids
         everyone = [*self.waiting, *self.running]
         assert len({id(request) for request in everyone}) == len(everyone), "a request is in two places"
-        assert len(self.running) <= self.max_num_seqs
+        assert len(self.running) + self.num_arriving <= self.max_num_seqs
         if self.pool is None:
             assert not self.running and not held, "blocks without an executor"
         else:

@@ -2,10 +2,13 @@
 
 State and the collection that a request in it lives in:
 
-    WAITING     never computed                                 Batcher.waiting
-    RUNNING     has blocks; takes part in steps                Batcher.running
-    PREEMPTED   was running, lost its blocks, starts over      Batcher.waiting (at the front)
-    FINISHED_*  over; nothing refers to it                     none (its blocks may still retire)
+    WAITING       never computed                                 Batcher.waiting
+    RUNNING       has blocks; takes part in steps                Batcher.running
+    PREEMPTED     lost its blocks or its prefill, starts over    Batcher.waiting (at the front)
+    PREFILLING    is computed elsewhere                          RemotePrefill.prefilling
+    PREFILLED     its KV is offered, and waits for blocks        RemotePrefill.prefilled
+    TRANSFERRING  its KV is being received                       RemotePrefill.transferring
+    FINISHED_*    over; nothing refers to it                     none (its blocks may still retire)
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bus.control.messages import AddRequest, FinishReason, SamplingParams, TokenLogprob
+from bus.control.messages import AddRequest, FinishReason, KvTicket, SamplingParams, TokenLogprob
 from services.cache.block_hash import BlockHash, extend_hashes
 
 
@@ -24,12 +27,16 @@ class RequestStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    PREFILLING = "prefilling"
+    PREFILLED = "prefilled"
+    TRANSFERRING = "transferring"
     FINISHED_STOP = "finished_stop"
     FINISHED_LENGTH = "finished_length"
     FINISHED_ABORT = "finished_abort"
     FINISHED_ERROR = "finished_error"
 
 
+AWAY = frozenset({RequestStatus.PREFILLING, RequestStatus.PREFILLED, RequestStatus.TRANSFERRING})
 FINISHED = frozenset(
     {
         RequestStatus.FINISHED_STOP,
@@ -40,9 +47,12 @@ FINISHED = frozenset(
 )
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
-    RequestStatus.WAITING: FINISHED | {RequestStatus.RUNNING},
+    RequestStatus.WAITING: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREFILLING},
     RequestStatus.RUNNING: FINISHED | {RequestStatus.PREEMPTED},
-    RequestStatus.PREEMPTED: FINISHED | {RequestStatus.RUNNING},
+    RequestStatus.PREEMPTED: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREFILLING},
+    RequestStatus.PREFILLING: FINISHED | {RequestStatus.PREFILLED, RequestStatus.PREEMPTED},
+    RequestStatus.PREFILLED: FINISHED | {RequestStatus.TRANSFERRING, RequestStatus.PREEMPTED},
+    RequestStatus.TRANSFERRING: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREEMPTED},
     **{status: frozenset() for status in FINISHED},
 }
 
@@ -80,6 +90,10 @@ class Request:
     num_cached_tokens: int = -1  # prompt tokens that its first admission found cached; -1 = not looked up
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
+    stays: bool = False  # waiting, and not to be handed over
+    task_id: int = 0  # of its prefill elsewhere; 0 = none
+    ticket: KvTicket | None = None  # where its KV is offered
+    num_prefill_failures: int = 0  # in a row
     num_losses: int = 0  # executors lost under this request since one last completed a step of it
 
     @classmethod

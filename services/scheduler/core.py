@@ -13,6 +13,9 @@ incarnation; results of an older incarnation or of a forgotten step are ignored.
 queue, each for a bounded time. A request under which several executors in a row are lost, without one step of
 it done, is failed: it may be what kills them.
 
+Where there is a prefill leader, whoever lacks many tokens is handed to it: see `services/batching/remote.py`.
+Losing it, its workers or a transfer costs time only, too.
+
 Requests are keyed by id. The same (gateway, id, attempt) again is accepted again and changes nothing; a later
 attempt, or another gateway's, replaces the older one silently; an earlier one is ignored.
 
@@ -25,9 +28,16 @@ left or a step is outstanding.
 from __future__ import annotations
 
 from bus.control.messages import (
+    AbortPrefill,
     AbortRequest,
+    AddPrefill,
     AddRequest,
+    CancelFetch,
     ExecutorReady,
+    FetchKv,
+    KvFetched,
+    PrefillCompleted,
+    PrefillFailed,
     SampledToken,
     StepCompleted,
     StepFailed,
@@ -37,7 +47,8 @@ from services.batching.admission import Refusal, length_refusal, refusal, vocabu
 from services.batching.answers import complaint
 from services.batching.batch import Batcher, ScheduledRequest
 from services.batching.executor import Executor, OutstandingStep
-from services.batching.request import FINISHED, Request, RequestStatus
+from services.batching.remote import FAILURES_MAX, RemotePrefill
+from services.batching.request import AWAY, FINISHED, Request, RequestStatus
 from services.cache.blocks import BlockPool
 from services.scheduler import replies
 from services.scheduler.events import (
@@ -47,12 +58,16 @@ from services.scheduler.events import (
     FromGateway,
     GatewayLost,
     Instruction,
+    LeaderFound,
+    LeaderLost,
     SendPlan,
+    SendToLeader,
+    SendTransfer,
     Tick,
 )
 from services.scheduler.settings import CoreSettings, Counters
 
-STEPS_PER_INCARNATION = 1 << 20
+NUMBERS_PER_INCARNATION = 1 << 20
 
 
 class SchedulerCore:
@@ -69,10 +84,14 @@ class SchedulerCore:
             enable_prefix_caching=settings.enable_prefix_caching,
             kv_identity=settings.kv_identity,
         )
+        # Numbers of tasks and steps that no earlier incarnation has used: an executor may still be busy for that one
+        # when it connects to us, and answer it.
+        first_number = settings.incarnation * NUMBERS_PER_INCARNATION + 1
+        self.remote = RemotePrefill(
+            self.batch, tokens_min=settings.prefill_tokens_min, first_task_id=first_number
+        )
         self._limits = settings.limits
-        # Never the number of a step that an earlier incarnation of this scheduler planned: an executor may
-        # still be busy with that one when it connects to us, and answer it.
-        self._next_step_id = settings.incarnation * STEPS_PER_INCARNATION + 1
+        self._next_step_id = first_number
         self._instructions: list[Instruction] = []
 
     def handle(self, *events: Event, now_ns: int) -> list[Instruction]:
@@ -83,6 +102,8 @@ class SchedulerCore:
         """
         for event in events:
             self._handle_one(event, now_ns)
+        self._hand_over()
+        self._start_fetches()
         self._start_step(now_ns)
         instructions, self._instructions = self._instructions, []
         return instructions
@@ -97,7 +118,9 @@ class SchedulerCore:
         pool = self.batch.pool
         return {
             "num_running": len(self.batch.running),
-            "num_waiting": len(self.batch.waiting),
+            "num_waiting": len(self.batch.waiting) + self.remote.num_waiting,
+            "num_prefilling": len(self.remote.prefilling),
+            "num_transferring": len(self.remote.transferring),
             "num_blocks": pool.num_blocks if pool else 0,
             "num_free_blocks": pool.num_free if pool else 0,
             "num_cached_blocks": pool.num_cached if pool else 0,
@@ -125,6 +148,18 @@ class SchedulerCore:
                 self._complete_step(event, now_ns)
             case StepFailed():
                 self._fail_step(event, now_ns)
+            case LeaderFound():
+                self.remote.leader_found()
+            case LeaderLost():
+                for request in self.remote.leader_lost():
+                    self.counters.num_prefills_failed += 1
+                    request.num_prefill_failures += 1
+            case PrefillCompleted():
+                self._take_offer(event)
+            case PrefillFailed():
+                self._fail_prefill(event)
+            case KvFetched():
+                self._end_fetch(event)
             case Tick():
                 self._check_deadlines(now_ns)
 
@@ -151,7 +186,8 @@ class SchedulerCore:
     def _admit(self, request: Request) -> Refusal | None:
         """Queue the request, or finish it when nothing is left to do; return why neither was possible."""
         finish = request.finish()
-        num_waiting, most = len(self.batch.waiting), self.settings.max_waiting_requests
+        num_waiting = len(self.batch.waiting) + self.remote.num_waiting
+        most = self.settings.max_waiting_requests
         if finish is None and num_waiting >= most:
             return Refusal("queue_full", f"{num_waiting} requests wait; max_waiting_requests is {most}")
         self.counters.num_accepted_requests += 1
@@ -181,7 +217,11 @@ class SchedulerCore:
 
     def _remove(self, request: Request, status: RequestStatus) -> None:
         del self.requests[request.request_id]
-        self.batch.remove(request, status, step_under_way=self.executor.step is not None)
+        if request.status in AWAY:
+            self._cancel(request)
+            self.remote.remove(request, status)
+        else:
+            self.batch.remove(request, status, step_under_way=self.executor.step is not None)
 
     # ---------------------------------------------------------------- executor
 
@@ -216,6 +256,8 @@ class SchedulerCore:
             return
         step = self.executor.disconnect(may_return=not dead, now_ns=now_ns)
         self.counters.num_executors_lost += 1
+        for task_id in self.remote.executor_lost():
+            self._abort_prefill(task_id)
         self.batch.detach()
         for scheduled in step.scheduled if step is not None and is_suspicious else ():
             self._count_loss(scheduled.request)
@@ -239,6 +281,103 @@ class SchedulerCore:
             if waited_ns >= self.settings.executor_wait_ns:
                 text = f"no attention worker for {waited_ns // 1_000_000} ms"
                 self._fail(request, "executor_absent", text, retryable=True)
+
+    # ---------------------------------------------------------------- prefill elsewhere
+
+    def _hand_over(self) -> None:
+        for request in self.remote.hand_over():
+            self.counters.num_prefills_handed_over += 1
+            num_prompt_tokens = request.num_prompt_tokens
+            message = AddPrefill(
+                task_id=request.task_id,
+                request_id=request.request_id,
+                prompt_token_ids=tuple(request.token_ids[:num_prompt_tokens]),
+                output_token_ids=tuple(request.token_ids[num_prompt_tokens:]),
+                sampling=request.sampling,
+            )
+            self._instructions.append(SendToLeader(message))
+
+    def _abort_prefill(self, task_id: int) -> None:
+        if self.remote.has_leader:
+            self._instructions.append(SendToLeader(AbortPrefill(task_id=task_id)))
+
+    def _cancel(self, request: Request) -> None:
+        """Nobody needs its prefill any more, computed or not, fetched half or not at all."""
+        self._abort_prefill(request.task_id)
+        connected = self.executor.connected
+        if request.status is RequestStatus.TRANSFERRING and connected is not None:
+            cancel = CancelFetch(fetch_id=request.task_id, scheduler_incarnation=self.settings.incarnation)
+            self._instructions.append(SendTransfer(connected.incarnation, cancel))
+
+    def _take_offer(self, result: PrefillCompleted) -> None:
+        """The first token goes out at once; the KV follows when there are blocks for it."""
+        request = self.remote.prefilling.get(result.task_id)
+        if request is None:
+            self.counters.num_ignored_results += 1
+            return
+        sampled, num_tokens = result.sampled, request.num_tokens
+        fault = complaint(
+            ScheduledRequest(request, num_tokens, sample=request.samples), sampled, self._limits.vocab_size
+        )
+        if fault is not None or result.ticket.num_tokens != num_tokens:
+            self._retry_prefill(request, times=FAILURES_MAX)
+            return
+        if sampled.error:
+            self._fail(request, "no_token_left", sampled.error, retryable=False)
+            return
+        request.prompt_logprobs += sampled.prompt_logprobs
+        self.batch.count_lookup(request, result.num_cached_tokens)
+        self.remote.offered(request, result.ticket)
+        self._emit(request, sampled)
+
+    def _fail_prefill(self, result: PrefillFailed) -> None:
+        away = (*self.remote.prefilling.values(), *self.remote.prefilled, *self.remote.transferring.values())
+        for request in away:
+            # A transfer goes on: what it reads may stand after all, and if not it will say so.
+            if request.task_id == result.task_id and request.status is not RequestStatus.TRANSFERRING:
+                self._retry_prefill(request, times=1 if result.retryable else FAILURES_MAX)
+                return
+
+    def _retry_prefill(self, request: Request, *, times: int) -> None:
+        """Its prefill has come to nothing: again, or here if that has happened too often."""
+        self.counters.num_prefills_failed += 1
+        request.num_prefill_failures += times
+        self._abort_prefill(request.task_id)
+        self.remote.give_back(request)
+
+    def _start_fetches(self) -> None:
+        connected = self.executor.connected
+        for request, first_block, block_ids in self.remote.start_fetches():
+            self.counters.num_kv_fetches += 1
+            ticket = request.ticket
+            assert connected is not None and ticket is not None
+            if not block_ids:  # all of it was cached here
+                self._abort_prefill(request.task_id)
+                self.remote.arrived(request)
+                continue
+            message = FetchKv(
+                fetch_id=request.task_id,
+                scheduler_incarnation=self.settings.incarnation,
+                ticket=ticket,
+                first_block=first_block,
+                block_ids=tuple(block_ids),
+            )
+            self._instructions.append(SendTransfer(connected.incarnation, message))
+
+    def _end_fetch(self, result: KvFetched) -> None:
+        connected = self.executor.connected
+        if connected is None or result.incarnation != connected.incarnation:
+            self.counters.num_ignored_results += 1
+            return
+        self.remote.fetch_ended(result.fetch_id)
+        request = self.remote.transferring.get(result.fetch_id)
+        if request is None:
+            return
+        if not result.error:
+            self.remote.arrived(request)
+            return
+        self.counters.num_kv_fetches_failed += 1
+        self._retry_prefill(request, times=1)
 
     # ---------------------------------------------------------------- steps
 
@@ -318,9 +457,10 @@ class SchedulerCore:
     def check_invariants(self) -> None:
         """Assert everything that the module's docstring promises. O(tokens in use)."""
         batch, step = self.batch, self.executor.step
-        batch.check_invariants()
+        self.remote.check_invariants()
         self.executor.check_invariants()
-        queued = {id(request) for request in [*batch.waiting, *batch.running]}
+        away = [*self.remote.prefilling.values(), *self.remote.prefilled, *self.remote.transferring.values()]
+        queued = {id(request) for request in [*batch.waiting, *batch.running, *away]}
         assert queued == {id(request) for request in self.requests.values()}, "a request is lost or left over"
         for request_id, request in self.requests.items():
             assert request.request_id == request_id and request.status not in FINISHED, request
@@ -330,4 +470,8 @@ class SchedulerCore:
         is_connected = self.executor.connected is not None
         assert (batch.pool is not None) == is_connected, "blocks without an executor, or the reverse"
         assert step is not None or not batch.retiring_block_ids, "blocks retire from no step"
-        assert step is not None or self.is_idle or not is_connected, "work waits for nothing"
+        at_work = (
+            step is not None or self.remote.prefilling or self.remote.transferring or self.remote.retiring
+        )
+        assert at_work or self.is_idle or not is_connected, "work waits for nothing"
+        assert is_connected or not (self.remote.transferring or self.remote.retiring), "a transfer to nobody"

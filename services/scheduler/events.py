@@ -10,9 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bus.control.messages import (
+    AbortPrefill,
     AbortRequest,
+    AddPrefill,
     AddRequest,
+    CancelFetch,
     ExecutorReady,
+    FetchKv,
+    KvFetched,
+    PrefillCompleted,
+    PrefillFailed,
     RequestAccepted,
     RequestFailed,
     RequestRejected,
@@ -61,11 +68,34 @@ class ExecutorLost:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaderFound:
+    """A prefill leader can be reached. It knows of no task."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderLost:
+    """The prefill leader has ended, or cannot be reached: its tasks are gone. Offers of its workers may stand."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; deadlines are looked at."""
 
 
-Event = FromGateway | GatewayLost | ExecutorConnected | ExecutorLost | StepCompleted | StepFailed | Tick
+Event = (
+    FromGateway
+    | GatewayLost
+    | ExecutorConnected
+    | ExecutorLost
+    | StepCompleted
+    | StepFailed
+    | LeaderFound
+    | LeaderLost
+    | PrefillCompleted
+    | PrefillFailed
+    | KvFetched
+    | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +114,19 @@ class Reply:
     message: ToGateway
 
 
-Instruction = SendPlan | Reply
+@dataclass(frozen=True, slots=True)
+class SendTransfer:
+    """Send `message` to the attention worker of this incarnation."""
+
+    incarnation: int
+    message: FetchKv | CancelFetch
+
+
+@dataclass(frozen=True, slots=True)
+class SendToLeader:
+    """Send `message` to the prefill leader."""
+
+    message: AddPrefill | AbortPrefill
+
+
+Instruction = SendPlan | Reply | SendTransfer | SendToLeader

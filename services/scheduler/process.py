@@ -10,11 +10,12 @@ Life cycle:
     5. on SIGTERM: close the ROUTER, say `Goodbye`. Gateways dispatch what was running again.
 
 Opens: its ROUTER (DEALERs of gateways `gateway-<i>.<incarnation>` and of the attention worker
-`attention-<index>.<incarnation>`), a DEALER to the manager. No segment.
+`attention-<index>.<incarnation>`), a DEALER to the manager, one to the prefill leader where there is one. No segment.
 
 If the attention worker dies or stalls: its requests wait and are computed again by whoever connects next. If
 a gateway dies, or cannot be reached: its requests end. If an expert worker dies: the attention worker copes.
-If the manager dies: nothing here changes. If this process dies: the gateways dispatch its requests again.
+If the prefill leader dies: what it had is computed here, or by its next incarnation. If the manager dies: nothing here
+changes. If this process dies: the gateways dispatch its requests again.
 
 Three tasks: `_listen` turns messages into events, `_decide` feeds all events that have come together to the
 core and does what it says, `_watch` looks at locks and time.
@@ -34,7 +35,9 @@ from bus.control.messages import (
     AbortRequest,
     AddRequest,
     ExecutorReady,
+    KvFetched,
     Message,
+    PodMap,
     RequestFailed,
     StepCompleted,
     StepFailed,
@@ -52,9 +55,12 @@ from services.scheduler.events import (
     Instruction,
     Reply,
     SendPlan,
+    SendToLeader,
+    SendTransfer,
     Tick,
     ToGateway,
 )
+from services.scheduler.leader import PrefillLeader
 from services.scheduler.peers import Peer, has_ended
 from services.scheduler.settings import CoreSettings
 
@@ -62,7 +68,7 @@ IDLE_WATCH_FACTOR = 4  # how much rarer an idle scheduler looks at locks
 EVENTS_MAX = 256  # events that wait for the core; then it gets its turn
 RECONNECT_NS = NS_PER_S  # how long to leave a living attention worker alone that could not be reached
 
-_FROM_PEERS = AddRequest | AbortRequest | ExecutorReady | StepCompleted | StepFailed
+_FROM_PEERS = AddRequest | AbortRequest | ExecutorReady | StepCompleted | StepFailed | KvFetched
 
 log = structlog.get_logger(__name__)
 
@@ -82,12 +88,13 @@ def core_settings(config: PodConfig, incarnation: int) -> CoreSettings:
         step_timeout_ns=(config.xccl.peer_wait_timeout_ms + config.xccl.stall_timeout_ms) * NS_PER_MS,
         executor_wait_ns=config.xccl.peer_wait_timeout_ms * NS_PER_MS,
         enable_prefix_caching=config.scheduler.enable_prefix_caching,
+        prefill_tokens_min=config.prefill.tokens_min if config.topology.prefill_workers else 0,
         kv_identity=config_sha(config),  # more than needed, and nothing forgotten
     )
 
 
 class SchedulerProcess:
-    """Socket, locks and clock around a `SchedulerCore`. Event loop only."""
+    """Sockets, locks and clock around a `SchedulerCore`. Event loop only."""
 
     def __init__(self, config: PodConfig, member: Member, router: Router) -> None:
         self.core = SchedulerCore(core_settings(config, member.incarnation), now_ns=now_ns())
@@ -97,6 +104,7 @@ class SchedulerProcess:
         self._router = router
         self._events: list[Event] = []
         self._has_events = asyncio.Event()
+        self._leader = PrefillLeader(member.identity, self.post)
         self._reconnect_at_ns = 0  # 0 = nothing to reconnect
 
     async def run(self) -> None:
@@ -105,6 +113,15 @@ class SchedulerProcess:
             group.create_task(self._listen())
             group.create_task(self._decide())
             group.create_task(self._watch())
+
+    def take_pod_map(self, pod_map: PodMap) -> None:
+        """Look at whoever the change may concern."""
+        self.look_at_locks()
+        self._leader.follow(pod_map)
+
+    def close(self) -> None:
+        """Close what it opened."""
+        self._leader.close()
 
     def counters(self) -> dict[str, int]:
         """Return what the heartbeat carries."""
@@ -140,7 +157,11 @@ class SchedulerProcess:
         match message:
             case ExecutorReady(incarnation=peer.incarnation):
                 return ExecutorConnected(message)
-            case StepCompleted(incarnation=peer.incarnation) | StepFailed(incarnation=peer.incarnation):
+            case (
+                StepCompleted(incarnation=peer.incarnation)
+                | StepFailed(incarnation=peer.incarnation)
+                | KvFetched(incarnation=peer.incarnation)
+            ):
                 return message
         return None
 
@@ -189,11 +210,13 @@ class SchedulerProcess:
 
     def _perform(self, instruction: Instruction) -> None:
         match instruction:
-            case SendPlan(incarnation, plan):
+            case SendPlan(incarnation, message) | SendTransfer(incarnation, message):
                 peer = Peer("attention", self._index, incarnation)
-                if not self._send(peer.identity, plan):
+                if not self._send(peer.identity, message):
                     self._reconnect_at_ns = now_ns() + RECONNECT_NS
                     self.post(ExecutorLost(incarnation, "it cannot be reached", dead=False))
+            case SendToLeader(message):
+                self._leader.send(message)
             case Reply(gateway, message):
                 self._reply(gateway, message)
 
@@ -261,15 +284,16 @@ async def scheduler_main(config: PodConfig, index: int) -> None:
     member = Member(config, "scheduler", index)
     member.endpoint = member.socket_endpoint
     router = Router(member.endpoint, _FROM_PEERS)
+    shell = SchedulerProcess(config, member, router)
     try:
-        shell = SchedulerProcess(config, member, router)
         member.counters = shell.counters
-        member.on_pod_map(lambda _: shell.look_at_locks())
+        member.on_pod_map(shell.take_pod_map)
         async with member:
             member.set_state("ready")
             log.info("scheduler started", endpoint=member.endpoint)
             await shell.run()
     finally:
+        shell.close()
         router.close()
 
 

@@ -20,6 +20,7 @@ class CoreSettings:
     executor_wait_ns: int  # how long a request waits while there is no executor
     enable_prefix_caching: bool
     kv_identity: str  # says what besides its tokens decides about the bytes of a KV block
+    prefill_tokens_min: int = 0  # who lacks fewer tokens is not handed to the prefill leader; 0 = nobody is
     max_num_losses: int = 8  # executors in a row that may die under one request without a step of it done
 
 
@@ -37,6 +38,10 @@ class Counters:
     num_aborted_requests: int = 0
     num_executors_lost: int = 0
     num_ignored_results: int = 0
+    num_prefills_handed_over: int = 0
+    num_prefills_failed: int = 0
+    num_kv_fetches: int = 0
+    num_kv_fetches_failed: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return name -> value."""

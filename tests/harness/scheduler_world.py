@@ -5,7 +5,9 @@ chance wants it, independent of the others. Whatever dies leaves behind what its
 
 Faults: an executor dies (with or without notice, in mid-step) and its next incarnation connects; a step is
 overdue; a step fails; a scheduler dies, and the executor, possibly busy with the old one's plan, connects to
-the next; a gateway dies; requests arrive twice, are aborted, or are dispatched again while they run.
+the next; a gateway dies; requests arrive twice, are aborted, or are dispatched again while they run. Where prompts are
+computed elsewhere: the prefill leader dies and comes back, gives tasks back, loses offers with their worker; fetches
+take their time, write half of their blocks, fail.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from typing import Any
 from bus.control.messages import (
     AbortRequest,
     AddRequest,
+    CancelFetch,
     ExecutorReady,
+    FetchKv,
+    KvFetched,
     RequestAccepted,
     RequestFailed,
     RequestRejected,
@@ -36,13 +41,18 @@ from services.scheduler.events import (
     ExecutorLost,
     FromGateway,
     GatewayLost,
+    LeaderFound,
+    LeaderLost,
     Reply,
     SendPlan,
+    SendToLeader,
+    SendTransfer,
     Tick,
     ToGateway,
 )
 from services.scheduler.settings import CoreSettings
 from tests.harness.toy_executor import ToyExecutor, oracle_outputs, oracle_prompt_logprobs
+from tests.harness.toy_leader import ToyLeader
 
 STEP_TIMEOUT_NS = 1000
 NUM_REQUESTS = 12
@@ -109,6 +119,7 @@ class World:
             "max_num_batched_tokens": chance.randint(1, 24),
             "max_waiting_requests": chance.randint(2, NUM_REQUESTS),
             "enable_prefix_caching": chance.random() < 0.8,
+            "prefill_tokens_min": chance.randint(1, 6) if chance.random() < 0.6 else 0,
             **settings,
         }
         self.gateways = {"gateway-0.1", "gateway-1.1"}
@@ -119,8 +130,12 @@ class World:
         self.num_replies = 0
         self.executor: ToyExecutor
         self.plans: deque[StepPlan] = deque()
+        self.fetches: deque[tuple[FetchKv, StepPlan | None]] = deque()
+        self.cancelled: set[int] = set()
+        self.leader = ToyLeader(self.vocab_size, self.block_tokens)
         self.start_scheduler()
         self.start_executor()
+        self.leader_says(LeaderFound())
 
     # ---------------------------------------------------------------- the run
 
@@ -138,14 +153,19 @@ class World:
             (0.5, self.fail_step),
             (0.5, self.kill_scheduler),
             (0.2, self.kill_gateway),
+            (8, self.prefill),
+            (8, self.fetch),
+            (0.7, self.give_task_back),
+            (0.5, self.kill_leader),
+            (0.5, self.kill_prefill_worker),
         ]
         weights, actions = zip(*faults, strict=True)
         for action in self.random.choices(actions, weights, k=NUM_FAULTY_TURNS):
             action()
         for _ in range(NUM_TURNS_MAX):
-            if not any(self.to_scheduler.values()) and not self.plans:
+            if not (any(self.to_scheduler.values()) or self.plans or self.fetches or self.leader.queue):
                 break
-            self.random.choice((self.deliver, self.work))()
+            self.random.choice((self.deliver, self.work, self.prefill, self.fetch))()
         self.check_end()
 
     def check_end(self) -> None:
@@ -154,6 +174,7 @@ class World:
         snapshot = self.core.snapshot()
         assert self.core.is_idle and snapshot["num_running"] == snapshot["num_waiting"] == 0
         assert snapshot["num_free_blocks"] == snapshot["num_blocks"] == self.num_blocks
+        assert not self.leader.offers, "an offer was forgotten"
 
     def feed(self, *events: Event) -> None:
         """Hand events to the core, check it, and carry out what it says."""
@@ -164,6 +185,16 @@ class World:
             match instruction:
                 case SendPlan(incarnation, plan):
                     self.send_plan(incarnation, plan)
+                case SendTransfer(incarnation, FetchKv() as message):
+                    if incarnation == self.executor_incarnation:
+                        self.fetches.append((message, self.plans[-1] if self.plans else None))
+                case SendTransfer(incarnation, CancelFetch() as message):
+                    self.cancelled.add(message.fetch_id)
+                case SendToLeader(message):
+                    if LeaderLost() not in self.channel(
+                        "leader"
+                    ):  # else it goes to a socket that nobody reads
+                        self.leader.take(message)
                 case Reply(gateway, message):
                     self.receive(gateway, message)
 
@@ -194,6 +225,7 @@ class World:
     def start_executor(self) -> None:
         self.executor_incarnation += 1
         self.plans.clear()
+        self.fetches.clear()
         ready = ExecutorReady(
             index=0,
             incarnation=self.executor_incarnation,
@@ -235,6 +267,52 @@ class World:
         self.now_ns += STEP_TIMEOUT_NS
         self.feed(Tick())
 
+    # ---------------------------------------------------------------- prefill elsewhere
+
+    def leader_says(self, *events: Event) -> None:
+        self.channel("leader").extend(events)
+
+    def prefill(self) -> None:
+        """Let the prefill side compute a task."""
+        if self.leader.queue:
+            self.leader_says(self.leader.work())
+
+    def give_task_back(self) -> None:
+        if self.leader.queue:
+            self.leader_says(self.leader.fail(retryable=self.random.random() < 0.5))
+
+    def kill_leader(self) -> None:
+        """Its tasks are gone; its workers withdraw their offers when the next incarnation greets them."""
+        self.leader.forget_all()
+        self.leader_says(LeaderLost(), LeaderFound())
+
+    def kill_prefill_worker(self) -> None:
+        self.leader_says(*self.leader.lose_offers())
+
+    def fetch(self) -> None:
+        """Let the executor receive one prompt's KV, or find that it is not to be had."""
+        if not self.fetches:
+            return
+        fetch, plan_before = self.fetches[0]
+        if any(plan is plan_before for plan in self.plans):
+            return  # one socket brings both, in order
+        self.fetches.popleft()
+        if fetch.fetch_id in self.cancelled:  # half of it was written meanwhile, with anything
+            for block_id in self.random.sample(fetch.block_ids, len(fetch.block_ids) // 2):
+                self.executor.receive(block_id, [(-1, -1, -1)] * self.block_tokens)
+            self.end_fetch(fetch, "cancelled")
+            return
+        blocks = self.leader.read(fetch)
+        for block_id, entries in zip(fetch.block_ids, blocks or (), strict=False):
+            self.executor.receive(block_id, entries)
+        self.end_fetch(fetch, "" if blocks is not None else "withdrawn")
+        if blocks is not None:
+            del self.leader.offers[fetch.ticket.serial]
+
+    def end_fetch(self, fetch: FetchKv, error: str) -> None:
+        incarnation = self.executor_incarnation
+        self.executor_says(KvFetched(fetch_id=fetch.fetch_id, incarnation=incarnation, error=error))
+
     # ---------------------------------------------------------------- scheduler
 
     def start_scheduler(self) -> None:
@@ -256,6 +334,9 @@ class World:
         self.to_scheduler.clear()
         if self.random.random() < 0.5:
             self.plans.clear()
+        self.fetches.clear()  # an executor ends a dead scheduler's transfers before it greets the next
+        self.leader.forget_all()
+        self.leader_says(LeaderFound())
         self.executor_says(ExecutorConnected(self.executor.ready))
         for client in self.living_clients():
             self.redispatch(client)

@@ -57,6 +57,18 @@ def oracle_outputs(prompt: Sequence[int], sampling: SamplingParams, vocab_size: 
     return outputs
 
 
+Entry = tuple[int, int, int]  # position, token, digest of all tokens up to it
+
+
+def kv_entries(tokens: Sequence[int]) -> list[Entry]:
+    """Return what the KV of `tokens` remembers."""
+    entries, context = [], 0
+    for position, token_id in enumerate(tokens):
+        context = _digest((context,), token_id)
+        entries.append((position, token_id, context))
+    return entries
+
+
 def oracle_prompt_logprobs(prompt: Sequence[int]) -> list[TokenLogprob]:
     """Return the log-probabilities of prompt positions 1 .. n-1."""
     return [prompt_logprob(prompt[:end], prompt[end]) for end in range(1, len(prompt))]
@@ -80,6 +92,11 @@ class ToyExecutor:
                 self._slots[self._slot(sequence, position)] = (position, token_id, context)
         sampled = tuple(self._sample(sequence) for sequence in plan.sequences)
         return StepCompleted(step_id=plan.step_id, incarnation=self.ready.incarnation, sampled=sampled)
+
+    def receive(self, block_id: int, entries: Sequence[Entry]) -> None:
+        """Write a block that was fetched."""
+        first = block_id * self.ready.block_tokens
+        self._slots[first : first + len(entries)] = entries
 
     def _slot(self, sequence: PlannedSequence, position: int) -> int:
         block, offset = divmod(position, self.ready.block_tokens)

@@ -10,7 +10,10 @@ from collections import Counter
 
 import pytest
 
+from services.batching.remote import RemotePrefill
+from services.batching.request import Request, RequestStatus
 from tests.harness.scheduler_world import World
+from tests.harness.toy_executor import ToyExecutor
 
 SEEDS = range(200)
 
@@ -37,6 +40,10 @@ def test_the_faults_really_happen() -> None:
         "num_executors_lost",
         "num_ignored_results",
         "num_aborted_requests",
+        "num_prefills_handed_over",
+        "num_prefills_failed",
+        "num_kv_fetches",
+        "num_kv_fetches_failed",
     ):
         assert seen[name] > 0, name
 
@@ -59,3 +66,23 @@ def test_a_prefix_cache_that_forgets_what_came_before_is_caught(monkeypatch: pyt
     with pytest.raises(AssertionError):
         for seed in range(40):
             World(seed, enable_prefix_caching=True).run()
+
+
+def test_blocks_freed_in_mid_transfer_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that ends while its KV is being written: its blocks must not be handed out before that is over."""
+
+    def leave_at_once(remote: RemotePrefill, request: Request, status: RequestStatus) -> None:
+        remote._leave(request, in_doubt=False)
+        request.move_to(status)
+
+    monkeypatch.setattr(RemotePrefill, "remove", leave_at_once)
+    with pytest.raises(AssertionError):
+        for seed in range(400):
+            World(seed, prefill_tokens_min=1, max_num_seqs=6).run()
+
+
+def test_a_token_computed_before_its_kv_has_arrived_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ToyExecutor, "receive", lambda self, block_id, entries: None)
+    with pytest.raises(AssertionError):  # not the oracle's tokens, or another history than the scheduler's
+        for seed in range(20):
+            World(seed, prefill_tokens_min=1).run()

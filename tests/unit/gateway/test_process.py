@@ -14,7 +14,7 @@ from bus.control.sockets import Router
 from bus.errors import ResourceError
 from gateway import process
 from gateway.events import SchedulerMessage
-from gateway.links import SchedulerLink
+from gateway.links import scheduler_link
 from tests.harness.poll import async_eventually
 
 
@@ -50,7 +50,7 @@ async def test_a_link_carries_messages_both_ways(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/s.sock"
     router = Router(endpoint, AddRequest)
     heard: asyncio.Queue[SchedulerMessage] = asyncio.Queue()
-    link = SchedulerLink(endpoint, b"gateway-0.1", heard.put_nowait)
+    link = scheduler_link(endpoint, b"gateway-0.1", heard.put_nowait)
     add = AddRequest(request_id="r", attempt=0, prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1))
     await async_eventually(lambda: link.send(add), timeout_s=10, what="connected")
     async with asyncio.timeout(10):
