@@ -407,7 +407,10 @@ class FetchKv(Message, frozen=True, kw_only=True):
 
 
 class CancelFetch(Message, frozen=True, kw_only=True):
-    """Scheduler -> attention worker: stop. Answered by `KvFetched` all the same, unless that was sent before."""
+    """Scheduler -> attention worker: stop. The blocks are not written any more when the next message is handled.
+
+    Unknown ids are ignored. Answered by `KvFetched` with an error if the fetch was under way.
+    """
 
     fetch_id: int
     scheduler_incarnation: int

@@ -8,7 +8,10 @@ there, which is the backpressure. Blocks that the pool has cached are not fetche
     prefilling    handed over; the leader may be gone meanwhile         PREFILLING     by task id
     prefilled     has a ticket, waits for blocks, the oldest first      PREFILLED      in order of arrival
     transferring  has blocks that are being written                     TRANSFERRING   by task id
-    retiring      blocks of requests that ended in mid-transfer; free when the executor says that the fetch is over
+
+Blocks of a request that leaves in mid-transfer are free at once: the executor is told to cancel before it is told
+anything else, and what it is told it does in order. So is an executor that comes back after it had stalled: whatever
+it was receiving (`stale`) is cancelled before it gets its first plan.
 
 Any failure on the way costs time only: the request goes back to the queue, and is handed over again, or computed here
 once that has failed `FAILURES_MAX` times in a row.
@@ -44,7 +47,7 @@ class RemotePrefill:
         self.prefilling: dict[int, Request] = {}
         self.prefilled: list[Request] = []
         self.transferring: dict[int, Request] = {}
-        self.retiring: dict[int, list[int]] = {}
+        self.stale: list[int] = []  # fetches that were under way when the executor was lost
         self.has_leader = False
         self._batch = batch
         self._tokens_min = tokens_min
@@ -113,7 +116,7 @@ class RemotePrefill:
 
     def give_back(self, request: Request) -> None:
         """Let it wait here again, first in line: its task has failed, or its transfer, which is over."""
-        self._leave(request, in_doubt=False)
+        self._leave(request)
         request.forget_computed()
         request.move_to(RequestStatus.PREEMPTED)
         request.stays = False
@@ -121,12 +124,8 @@ class RemotePrefill:
 
     def remove(self, request: Request, status: RequestStatus) -> None:
         """Take it out for good."""
-        self._leave(request, in_doubt=True)
+        self._leave(request)
         request.move_to(status)
-
-    def fetch_ended(self, task_id: int) -> None:
-        """The executor does not write the blocks of this fetch any more."""
-        self._batch.free(self.retiring.pop(task_id, []))
 
     def leader_lost(self) -> list[Request]:
         """Nobody computes what was handed over; take it back. Offers stand as long as their workers do."""
@@ -142,19 +141,15 @@ class RemotePrefill:
         for request in self._batch.waiting:
             request.stays = False
 
-    def executor_lost(self) -> list[int]:
-        """The blocks are gone; return the tasks whose offers are not wanted any more."""
-        for block_ids in self.retiring.values():
-            self._batch.free(block_ids)
-        self.retiring = {}
+    def executor_lost(self) -> None:
+        """The blocks are gone; offers that were being fetched are not wanted any more (`stale`)."""
         for request in (*self.prefilling.values(), *self.prefilled):
             request.block_hashes = []  # the next executor's blocks may be of another size
-        task_ids = list(self.transferring)
+        self.stale += self.transferring
         for request in sorted(self.transferring.values(), key=lambda one: one.arrived_at_ns, reverse=True):
             self.give_back(request)
-        return task_ids
 
-    def _leave(self, request: Request, *, in_doubt: bool) -> None:
+    def _leave(self, request: Request) -> None:
         match request.status:
             case RequestStatus.PREFILLING:
                 del self.prefilling[request.task_id]
@@ -163,10 +158,7 @@ class RemotePrefill:
             case _:
                 del self.transferring[request.task_id]
                 self._batch.num_arriving = len(self.transferring)
-                if in_doubt:
-                    self.retiring[request.task_id] = request.block_ids
-                else:
-                    self._batch.free(request.block_ids)
+                self._batch.free(request.block_ids)
                 request.block_ids = []
         self._forget_task(request)
 
@@ -189,5 +181,5 @@ class RemotePrefill:
             assert request.status is RequestStatus.TRANSFERRING and request.task_id == task_id, request
             assert request.ticket is not None and request.num_computed_tokens == 0, request
         held = [request.block_ids for request in self.transferring.values()]
-        self._batch.check_invariants([*held, *self.retiring.values()])
+        self._batch.check_invariants(held)
         assert self._batch.num_arriving == len(self.transferring)

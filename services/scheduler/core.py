@@ -234,6 +234,9 @@ class SchedulerCore:
         if self.executor.connected is not None:
             self._lose(self.executor.connected.incarnation, dead=True, is_suspicious=True, now_ns=now_ns)
         self.executor.connect(ready)
+        for fetch_id in self.remote.stale:
+            self._cancel_fetch(fetch_id)  # unknown to a new incarnation, which does not mind
+        self.remote.stale = []
         self.batch.attach(BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens))
         self._limits = self.settings.limits.narrowed_by(ready)
         for request in list(self.requests.values()):
@@ -256,8 +259,9 @@ class SchedulerCore:
             return
         step = self.executor.disconnect(may_return=not dead, now_ns=now_ns)
         self.counters.num_executors_lost += 1
-        for task_id in self.remote.executor_lost():
+        for task_id in self.remote.transferring:
             self._abort_prefill(task_id)
+        self.remote.executor_lost()
         self.batch.detach()
         for scheduled in step.scheduled if step is not None and is_suspicious else ():
             self._count_loss(scheduled.request)
@@ -304,10 +308,14 @@ class SchedulerCore:
     def _cancel(self, request: Request) -> None:
         """Nobody needs its prefill any more, computed or not, fetched half or not at all."""
         self._abort_prefill(request.task_id)
+        if request.status is RequestStatus.TRANSFERRING:
+            self._cancel_fetch(request.task_id)
+
+    def _cancel_fetch(self, fetch_id: int) -> None:
         connected = self.executor.connected
-        if request.status is RequestStatus.TRANSFERRING and connected is not None:
-            cancel = CancelFetch(fetch_id=request.task_id, scheduler_incarnation=self.settings.incarnation)
-            self._instructions.append(SendTransfer(connected.incarnation, cancel))
+        assert connected is not None, "a transfer to nobody"
+        cancel = CancelFetch(fetch_id=fetch_id, scheduler_incarnation=self.settings.incarnation)
+        self._instructions.append(SendTransfer(connected.incarnation, cancel))
 
     def _take_offer(self, result: PrefillCompleted) -> None:
         """The first token goes out at once; the KV follows when there are blocks for it."""
@@ -369,7 +377,6 @@ class SchedulerCore:
         if connected is None or result.incarnation != connected.incarnation:
             self.counters.num_ignored_results += 1
             return
-        self.remote.fetch_ended(result.fetch_id)
         request = self.remote.transferring.get(result.fetch_id)
         if request is None:
             return
@@ -470,8 +477,6 @@ class SchedulerCore:
         is_connected = self.executor.connected is not None
         assert (batch.pool is not None) == is_connected, "blocks without an executor, or the reverse"
         assert step is not None or not batch.retiring_block_ids, "blocks retire from no step"
-        at_work = (
-            step is not None or self.remote.prefilling or self.remote.transferring or self.remote.retiring
-        )
+        at_work = step is not None or self.remote.prefilling or self.remote.transferring
         assert at_work or self.is_idle or not is_connected, "work waits for nothing"
-        assert is_connected or not (self.remote.transferring or self.remote.retiring), "a transfer to nobody"
+        assert is_connected or not self.remote.transferring, "a transfer to nobody"

@@ -100,10 +100,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class SendPlan:
-    """Send `plan` to the attention worker of this incarnation."""
+    """Send a plan to the attention worker of this incarnation."""
 
     incarnation: int
-    plan: StepPlan
+    message: StepPlan
 
 
 @dataclass(frozen=True, slots=True)

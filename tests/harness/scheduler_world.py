@@ -129,9 +129,8 @@ class World:
         self.executor_incarnation = 0
         self.num_replies = 0
         self.executor: ToyExecutor
-        self.plans: deque[StepPlan] = deque()
-        self.fetches: deque[tuple[FetchKv, StepPlan | None]] = deque()
-        self.cancelled: set[int] = set()
+        self.to_executor: deque[StepPlan | FetchKv | CancelFetch] = deque()  # one socket brings all, in order
+        self.transfers: list[FetchKv] = []  # under way, between steps
         self.leader = ToyLeader(self.vocab_size, self.block_tokens)
         self.start_scheduler()
         self.start_executor()
@@ -163,7 +162,9 @@ class World:
         for action in self.random.choices(actions, weights, k=NUM_FAULTY_TURNS):
             action()
         for _ in range(NUM_TURNS_MAX):
-            if not (any(self.to_scheduler.values()) or self.plans or self.fetches or self.leader.queue):
+            if not (
+                any(self.to_scheduler.values()) or self.to_executor or self.transfers or self.leader.queue
+            ):
                 break
             self.random.choice((self.deliver, self.work, self.prefill, self.fetch))()
         self.check_end()
@@ -183,13 +184,8 @@ class World:
         self.core.check_invariants()
         for instruction in instructions:
             match instruction:
-                case SendPlan(incarnation, plan):
-                    self.send_plan(incarnation, plan)
-                case SendTransfer(incarnation, FetchKv() as message):
-                    if incarnation == self.executor_incarnation:
-                        self.fetches.append((message, self.plans[-1] if self.plans else None))
-                case SendTransfer(incarnation, CancelFetch() as message):
-                    self.cancelled.add(message.fetch_id)
+                case SendPlan(incarnation, message) | SendTransfer(incarnation, message):
+                    self.send_executor(incarnation, message)
                 case SendToLeader(message):
                     if LeaderLost() not in self.channel(
                         "leader"
@@ -198,9 +194,9 @@ class World:
                 case Reply(gateway, message):
                     self.receive(gateway, message)
 
-    def send_plan(self, incarnation: int, plan: StepPlan) -> None:
+    def send_executor(self, incarnation: int, message: StepPlan | FetchKv | CancelFetch) -> None:
         if incarnation == self.executor_incarnation:
-            self.plans.append(plan)
+            self.to_executor.append(message)
         else:  # the socket finds nobody there
             self.channel("scheduler").append(ExecutorLost(incarnation, "unreachable", dead=False))
 
@@ -224,8 +220,8 @@ class World:
 
     def start_executor(self) -> None:
         self.executor_incarnation += 1
-        self.plans.clear()
-        self.fetches.clear()
+        self.to_executor.clear()
+        self.transfers.clear()
         ready = ExecutorReady(
             index=0,
             incarnation=self.executor_incarnation,
@@ -241,18 +237,24 @@ class World:
         self.channel(f"attention-0.{self.executor_incarnation}").extend(events)
 
     def work(self) -> None:
-        """Let the executor do a step; it may be one that a scheduler planned which is dead by now."""
-        if self.plans:
-            self.executor_says(self.executor.run(self.plans.popleft()))
+        """Let the executor take the next message; it may be from a scheduler that is dead by now."""
+        if not self.to_executor:
+            return
+        match self.to_executor.popleft():
+            case StepPlan() as plan:
+                self.executor_says(self.executor.run(plan))
+            case FetchKv() as fetch:
+                self.transfers.append(fetch)
+            case CancelFetch(fetch_id=fetch_id):
+                for fetch in [one for one in self.transfers if one.fetch_id == fetch_id]:
+                    self.end_fetch(fetch, "cancelled")
 
     def fail_step(self) -> None:
-        if self.plans:
-            plan = self.plans.popleft()
-            incarnation = self.executor_incarnation
+        if self.to_executor and isinstance(self.to_executor[0], StepPlan):
+            step_id, incarnation = self.to_executor[0].step_id, self.executor_incarnation
+            self.to_executor.popleft()
             self.executor_says(
-                StepFailed(
-                    step_id=plan.step_id, incarnation=incarnation, code="peer_died", message="expert-0"
-                )
+                StepFailed(step_id=step_id, incarnation=incarnation, code="peer_died", message="expert-0")
             )
 
     def kill_executor(self) -> None:
@@ -290,17 +292,12 @@ class World:
         self.leader_says(*self.leader.lose_offers())
 
     def fetch(self) -> None:
-        """Let the executor receive one prompt's KV, or find that it is not to be had."""
-        if not self.fetches:
+        """Let the executor write some of a prompt's KV, or the rest of it, or find that it is not to be had."""
+        if not self.transfers:
             return
-        fetch, plan_before = self.fetches[0]
-        if any(plan is plan_before for plan in self.plans):
-            return  # one socket brings both, in order
-        self.fetches.popleft()
-        if fetch.fetch_id in self.cancelled:  # half of it was written meanwhile, with anything
-            for block_id in self.random.sample(fetch.block_ids, len(fetch.block_ids) // 2):
-                self.executor.receive(block_id, [(-1, -1, -1)] * self.block_tokens)
-            self.end_fetch(fetch, "cancelled")
+        fetch = self.random.choice(self.transfers)
+        if self.random.random() < 0.5:
+            self.executor.receive(self.random.choice(fetch.block_ids), [(-1, -1, -1)] * self.block_tokens)
             return
         blocks = self.leader.read(fetch)
         for block_id, entries in zip(fetch.block_ids, blocks or (), strict=False):
@@ -310,6 +307,7 @@ class World:
             del self.leader.offers[fetch.ticket.serial]
 
     def end_fetch(self, fetch: FetchKv, error: str) -> None:
+        self.transfers.remove(fetch)
         incarnation = self.executor_incarnation
         self.executor_says(KvFetched(fetch_id=fetch.fetch_id, incarnation=incarnation, error=error))
 
@@ -332,9 +330,10 @@ class World:
         """Everything in its sockets is lost; the executor connects anew, the gateways dispatch again."""
         self.start_scheduler()
         self.to_scheduler.clear()
-        if self.random.random() < 0.5:
-            self.plans.clear()
-        self.fetches.clear()  # an executor ends a dead scheduler's transfers before it greets the next
+        # At most the plan that it is busy with is still done; transfers end before it greets the next scheduler.
+        keeps = self.random.random() < 0.5
+        self.to_executor = deque([m for m in self.to_executor if isinstance(m, StepPlan) and keeps])
+        self.transfers.clear()
         self.leader.forget_all()
         self.leader_says(LeaderFound())
         self.executor_says(ExecutorConnected(self.executor.ready))

@@ -86,7 +86,7 @@ class Driver:
         """Hand over the events together."""
         instructions = self.core.handle(*events, now_ns=self.now_ns)
         self.core.check_invariants()
-        self.plans += [i.plan for i in instructions if isinstance(i, SendPlan)]
+        self.plans += [i.message for i in instructions if isinstance(i, SendPlan)]
         self.replies += [i.message for i in instructions if isinstance(i, Reply)]
         return instructions
 

@@ -10,8 +10,7 @@ from collections import Counter
 
 import pytest
 
-from services.batching.remote import RemotePrefill
-from services.batching.request import Request, RequestStatus
+from services.scheduler.core import SchedulerCore
 from tests.harness.scheduler_world import World
 from tests.harness.toy_executor import ToyExecutor
 
@@ -68,14 +67,9 @@ def test_a_prefix_cache_that_forgets_what_came_before_is_caught(monkeypatch: pyt
             World(seed, enable_prefix_caching=True).run()
 
 
-def test_blocks_freed_in_mid_transfer_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that ends while its KV is being written: its blocks must not be handed out before that is over."""
-
-    def leave_at_once(remote: RemotePrefill, request: Request, status: RequestStatus) -> None:
-        remote._leave(request, in_doubt=False)
-        request.move_to(status)
-
-    monkeypatch.setattr(RemotePrefill, "remove", leave_at_once)
+def test_a_transfer_that_is_not_cancelled_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a request that ends in mid-transfer are handed out again: nobody may write them any more."""
+    monkeypatch.setattr(SchedulerCore, "_cancel_fetch", lambda self, fetch_id: None)
     with pytest.raises(AssertionError):
         for seed in range(400):
             World(seed, prefill_tokens_min=1, max_num_seqs=6).run()

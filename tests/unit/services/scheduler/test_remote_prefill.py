@@ -24,6 +24,7 @@ from services.scheduler.events import (
     LeaderLost,
     SendToLeader,
     SendTransfer,
+    Tick,
 )
 from tests.harness.scheduling import GATEWAY, Driver, add, connected, create_request
 
@@ -165,7 +166,7 @@ def test_a_failed_fetch_is_handed_over_again_and_repeats_no_token() -> None:
     assert [m.first_index for m in driver.generated("a")] == [0, 1]
 
 
-def test_who_leaves_in_mid_transfer_frees_nothing_before_it_is_over() -> None:
+def test_who_leaves_in_mid_transfer_has_it_cancelled_and_frees_everything() -> None:
     driver = world()
     driver.feed(add(create_request("a", PROMPT)))
     driver.offer(driver.to_leader[0])
@@ -173,9 +174,23 @@ def test_who_leaves_in_mid_transfer_frees_nothing_before_it_is_over() -> None:
     driver.feed(FromGateway(GATEWAY, AbortRequest(request_id="a", attempt=0)))
     assert driver.transfers == [CancelFetch(fetch_id=fetch.fetch_id, scheduler_incarnation=1)]
     assert driver.to_leader == [AbortPrefill(task_id=fetch.fetch_id)]
-    assert driver.core.snapshot()["num_free_blocks"] == 13
-    driver.feed(KvFetched(fetch_id=fetch.fetch_id, incarnation=1, error="cancelled"))
     assert driver.core.snapshot()["num_free_blocks"] == 16
+    driver.feed(KvFetched(fetch_id=fetch.fetch_id, incarnation=1, error="cancelled"))
+    assert driver.core.is_idle
+
+
+def test_an_executor_that_comes_back_cancels_before_it_gets_a_plan() -> None:
+    driver = world()
+    driver.feed(add(create_request("a", PROMPT)), add(create_request("b", (1, 2, 3))))
+    driver.offer(driver.to_leader[0])
+    (fetch,) = driver.transfers
+    stale = driver.answer(driver.plans[-1])
+    driver.now_ns = 1000
+    driver.feed(Tick())  # the step is overdue; the executor counts as stalled
+    instructions = driver.feed(stale)
+    kinds = [type(getattr(i, "message", None)).__name__ for i in instructions]
+    assert driver.transfers[0] == CancelFetch(fetch_id=fetch.fetch_id, scheduler_incarnation=1)
+    assert kinds.index("CancelFetch") < kinds.index("StepPlan")
 
 
 def test_a_lost_executor_takes_the_transfer_with_it() -> None:
