@@ -29,9 +29,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
+from bus.block_hash import BlockHash, root_hash
 from bus.control.messages import PlannedSequence
 from services.batching.request import Request, RequestStatus
-from services.cache.block_hash import BlockHash, root_hash
 from services.cache.blocks import BlockPool
 
 

@@ -17,8 +17,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from bus.block_hash import BlockHash, extend_hashes
 from bus.control.messages import AddRequest, FinishReason, KvTicket, SamplingParams, TokenLogprob
-from services.cache.block_hash import BlockHash, extend_hashes
 
 
 class RequestStatus(enum.Enum):

@@ -9,7 +9,7 @@ belong to the attention worker, so a pool lives as long as one incarnation of it
 
 Laws: free + cached + used = total. A block in use is never evicted. A named block's predecessor is named too.
 
-The prefix index is a dictionary from hash to block over chained hashes (see `block_hash.py`), not a radix
+The prefix index is a dictionary from hash to block over chained hashes (see `bus/block_hash.py`), not a radix
 tree: reuse is by whole blocks anyway, so a match is one lookup per block, nothing is ever split or merged,
 and eviction removes single blocks. The id index is its inverse. Neither can outgrow the number of blocks.
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from services.cache.block_hash import BlockHash
+from bus.block_hash import BlockHash
 
 
 class BlockPool:

@@ -59,9 +59,7 @@ def test_a_scheduler_that_shares_blocks_is_caught(monkeypatch: pytest.MonkeyPatc
 
 def test_a_prefix_cache_that_forgets_what_came_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens after others have other KV: a hash of a block's own tokens must not pass."""
-    monkeypatch.setattr(
-        "services.cache.block_hash.chained_hash", lambda parent, token_ids: bytes(map(abs, token_ids))
-    )
+    monkeypatch.setattr("bus.block_hash.chained_hash", lambda parent, token_ids: bytes(map(abs, token_ids)))
     with pytest.raises(AssertionError):
         for seed in range(40):
             World(seed, enable_prefix_caching=True).run()

