@@ -55,6 +55,12 @@ class PrefillConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     cache_tokens: int = 16384  # KV cache of one prefill worker, in tokens
     tokens_min: int = 64  # a request that lacks fewer tokens is computed by its DP group itself
     max_waiting_tasks: int = 1024  # beyond it, DP groups prefill themselves
+    policy: str = "cost"  # which worker computes a prompt (services/shell/policies): cost or round_robin
+    enable_chunked_prefill: bool = True  # false: a prompt is computed in one step, however long it is
+    long_workers: int = (
+        0  # so many of the workers, the last ones, take long prompts and no others; 0 = all take all
+    )
+    long_tokens: int = 8192  # from how many tokens a prompt is long
 
 
 class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

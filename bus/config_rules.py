@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[int, int]] = {
     "prefill.cache_tokens": (1, 100_000_000),
     "prefill.tokens_min": (1, 10_000_000),
     "prefill.max_waiting_tasks": (1, 1_000_000),
+    "prefill.long_workers": (0, 63),
+    "prefill.long_tokens": (1, 10_000_000),
     "kv.block_tokens": (1, 1024),
     "kv.cache_tokens": (1, 100_000_000),
     "xccl.spin_us": (0, 10_000),
@@ -100,6 +102,9 @@ def _validate_relations(config: PodConfig) -> None:
         scheduler.max_num_batched_tokens,
         f"must be at least scheduler.max_num_seqs = {scheduler.max_num_seqs}",
     )
+    num_workers, long_workers = config.topology.prefill_workers, config.prefill.long_workers
+    rule = f"must be 0 or leave one of topology.prefill_workers = {num_workers} for short prompts"
+    _require(0 <= long_workers < max(1, num_workers), "prefill.long_workers", long_workers, rule)
     _require(
         beat.hang_timeout_ms >= 3 * beat.interval_ms,
         "heartbeat.hang_timeout_ms",

@@ -24,7 +24,7 @@ exit codes:
 
 settings: defaults < --config pod.toml < environment XDS_* (XDS_SCHEDULER__MAX_NUM_SEQS=8) < flags and --set
 """
-SERVICES = ("manager", "gateway", "scheduler", "attention", "expert")
+SERVICES = ("manager", "gateway", "scheduler", "attention", "expert", "shell", "prefill")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,6 +169,12 @@ def _add_up_flags(up: argparse.ArgumentParser) -> None:
         ("--port", "gateway.port", "N", "its port; 0 = any"),
         ("--dp-groups", "topology.dp_groups", "N", "schedulers, each with an attention worker"),
         ("--expert-workers", "topology.expert_workers", "N", "processes that hold the experts"),
+        (
+            "--prefill-workers",
+            "topology.prefill_workers",
+            "N",
+            "processes that compute prompts; 0 = DP groups do",
+        ),
     ):
         up.add_argument(flag, dest=name, metavar=metavar, help=f"{text} (default: {defaults[name]})")
     up.add_argument("--verbose", action="store_true", help="show the logs of all processes")

@@ -36,6 +36,8 @@ def run(config: PodConfig, service: str, index: int) -> NoReturn:
         ConfigError: the pod has no such process.
     """
     count = sum(key[0] == service for key in expected_members(config))
+    if not count:
+        raise ConfigError(f"this pod has no {service}: see topology.prefill_workers")
     if not 0 <= index < count:
         raise ConfigError(f"--index = {index}: must be 0..{count - 1}, this pod has {count} x {service}")
     command = command_of(MODULES[service], index)

@@ -28,6 +28,8 @@ _COUNTERS_SHOWN = {
         "num_generated_tokens",
         "prefix_cache_hits",
     ),
+    "shell": ("num_waiting", "num_running", "num_offers", "num_completed_tasks", "prefix_cache_hits"),
+    "prefill": ("computed_tokens", "sampled_tokens", "expert_rows"),
     "gateway": ("num_jobs", "num_redispatches"),
 }
 

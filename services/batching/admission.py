@@ -37,7 +37,7 @@ class Limits:
 
 def refusal(message: AddRequest, limits: Limits) -> Refusal | None:
     """Return why `message` can never be served within `limits`, None when it can."""
-    return _invalid(message, limits) or length_refusal(
+    return content_refusal(message, limits) or length_refusal(
         len(message.prompt_token_ids), message.sampling.max_tokens, limits
     )
 
@@ -64,7 +64,8 @@ def vocabulary_refusal(token_ids: list[int] | tuple[int, ...], limits: Limits) -
     return None
 
 
-def _invalid(message: AddRequest, limits: Limits) -> Refusal | None:
+def content_refusal(message: AddRequest, limits: Limits) -> Refusal | None:
+    """Return what in `message` makes no sense, None when all does. Says nothing of its length."""
     sampling = message.sampling
     if not message.prompt_token_ids:
         return Refusal("invalid", "prompt_token_ids is empty; it must have at least one token")

@@ -37,11 +37,15 @@ from services.cache.blocks import BlockPool
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScheduledRequest:
-    """`num_tokens` tokens of `request` from its `num_computed_tokens` on; if `sample`, one more is drawn."""
+    """`num_tokens` tokens of `request` from its `num_computed_tokens` on; if `sample`, one more is drawn.
+
+    `offer_kv`: afterwards its KV is offered to whoever goes on with it.
+    """
 
     request: Request
     num_tokens: int
     sample: bool
+    offer_kv: bool = False
 
     @property
     def num_prompt_logprobs(self) -> int:
@@ -76,6 +80,7 @@ class ScheduledRequest:
             next_prompt_token_ids=tuple(request.token_ids[start + 1 : start + 1 + num_prompt_logprobs]),
             prompt_token_ids=prompt,
             output_token_ids=output,
+            offer_kv=self.offer_kv,
         )
 
 

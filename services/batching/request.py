@@ -8,6 +8,7 @@ State and the collection that a request in it lives in:
     PREFILLING    is computed elsewhere                          RemotePrefill.prefilling
     PREFILLED     its KV is offered, and waits for blocks        RemotePrefill.prefilled
     TRANSFERRING  its KV is being received                       RemotePrefill.transferring
+    OFFERED       computed here; blocks stay for who fetches it  PrefillBatcher.offered (services/shell)
     FINISHED_*    over; nothing refers to it                     none (its blocks may still retire)
 """
 
@@ -27,6 +28,7 @@ class RequestStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    OFFERED = "offered"
     PREFILLING = "prefilling"
     PREFILLED = "prefilled"
     TRANSFERRING = "transferring"
@@ -48,11 +50,12 @@ FINISHED = frozenset(
 
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.WAITING: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREFILLING},
-    RequestStatus.RUNNING: FINISHED | {RequestStatus.PREEMPTED},
+    RequestStatus.RUNNING: FINISHED | {RequestStatus.PREEMPTED, RequestStatus.OFFERED},
     RequestStatus.PREEMPTED: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREFILLING},
     RequestStatus.PREFILLING: FINISHED | {RequestStatus.PREFILLED, RequestStatus.PREEMPTED},
     RequestStatus.PREFILLED: FINISHED | {RequestStatus.TRANSFERRING, RequestStatus.PREEMPTED},
     RequestStatus.TRANSFERRING: FINISHED | {RequestStatus.RUNNING, RequestStatus.PREEMPTED},
+    RequestStatus.OFFERED: FINISHED,
     **{status: frozenset() for status in FINISHED},
 }
 

@@ -26,6 +26,8 @@ MODULES: dict[str, str] = {
     "scheduler": "services.scheduler.process",
     "attention": "services.attention.process",
     "expert": "services.expert.process",
+    "shell": "services.shell.process",
+    "prefill": "services.prefill.process",
 }
 LOG_BYTES_MAX = 10 * 1024**2
 _TAIL_BYTES = 64 * 1024

@@ -215,8 +215,10 @@ class ManagerCore:
         if hello.pod != mine.pod:
             return f"pod is {hello.pod!r}, this is pod {mine.pod!r}"
         if (hello.service, hello.index) not in self._expected or hello.service == "manager":
-            groups, experts = mine.topology.dp_groups, mine.topology.expert_workers
-            layout = f"{groups} DP groups and {experts} expert workers"
+            topology = mine.topology
+            layout = f"{topology.dp_groups} DP groups and {topology.expert_workers} expert workers"
+            if topology.prefill_workers:
+                layout += f", {topology.prefill_workers} prefill workers and their shell"
             return f"{hello.service}-{hello.index} has no place in a pod of {layout}"
         if hello.config_sha != self._config_sha:
             theirs, ours = hello.config_sha[:12], self._config_sha[:12]

@@ -9,8 +9,8 @@ Life cycle:
        error is ours;
     4. ask the manager for the pod's state: show the progress, say READY, notice a hung manager (all other
        members are watched by the manager);
-    5. SIGINT, SIGTERM, SIGHUP: stop gateway, schedulers, attention, experts, manager, in this order; SIGTERM
-       first, SIGKILL after `launcher.stop_timeout_ms`; a second signal kills at once;
+    5. SIGINT, SIGTERM, SIGHUP: stop gateway, schedulers, shell, attention, prefill, experts, manager, in this
+       order; SIGTERM first, SIGKILL after `launcher.stop_timeout_ms`; a second signal kills at once;
     6. sweep segments, remove the runtime folder, give the lock back.
 
 It decides nothing about the pod and holds no state that matters: when it is killed, the kernel ends its
@@ -39,7 +39,7 @@ from services.manager.child import MODULES, Child, environ_of
 from services.manager.progress import ProgressPrinter, progress_line, ready_text
 from services.manager.roster import expected_members
 
-STOP_ORDER = ("gateway", "scheduler", "attention", "expert", "manager")
+STOP_ORDER = ("gateway", "scheduler", "shell", "attention", "prefill", "expert", "manager")
 _FATAL_AT_START = (EXIT_CONFIG, EXIT_RESOURCE, EXIT_REFUSED)
 _POLL_STARTING_S = 0.1
 _POLL_HEALTHY_S = 1.0

@@ -40,7 +40,9 @@ def expected_members(config: PodConfig) -> tuple[Key, ...]:
     topology = config.topology
     keys: list[Key] = [MANAGER]
     keys += [("expert", index) for index in range(topology.expert_workers)]
+    keys += [("prefill", index) for index in range(topology.prefill_workers)]
     keys += [("attention", index) for index in range(topology.dp_groups)]
+    keys += [("shell", 0)] if topology.prefill_workers else []
     keys += [("scheduler", index) for index in range(topology.dp_groups)]
     keys.append(("gateway", 0))
     return tuple(keys)

@@ -45,6 +45,7 @@ from bus.control.messages import (
 from bus.control.sockets import QueueFull, Router
 from bus.errors import ConfigError, ProtocolError
 from services.batching.admission import Limits
+from services.peers import Peer, has_ended
 from services.scheduler.core import SchedulerCore
 from services.scheduler.events import (
     Event,
@@ -61,7 +62,6 @@ from services.scheduler.events import (
     ToGateway,
 )
 from services.scheduler.leader import PrefillLeader
-from services.scheduler.peers import Peer, has_ended
 from services.scheduler.settings import CoreSettings
 
 IDLE_WATCH_FACTOR = 4  # how much rarer an idle scheduler looks at locks

@@ -15,13 +15,21 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bus.control.messages import PlannedSequence, SampledToken, StepCompleted, StepPlan, TokenLogprob
+from bus.control.messages import (
+    KvTicket,
+    PlannedSequence,
+    SampledToken,
+    StepCompleted,
+    StepPlan,
+    TokenLogprob,
+)
 from services.model import sampling
 from services.model.attention_model import AttentionModel, MoeInput
 from services.model.batch import Batch
 from services.model.grammar import GrammarError
 from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
+from services.steps.offers import KvOffers
 from services.steps.rows import StepRows, check_plan, lay_out
 
 Float32Array = npt.NDArray[np.float32]
@@ -70,6 +78,7 @@ class StepExecutor:
     Args:
         rows_max: the largest step in tokens.
         incarnation: of this process.
+        offers: where a prefill worker offers what it has computed; None = plans that ask for it are refused.
     """
 
     def __init__(
@@ -81,8 +90,10 @@ class StepExecutor:
         *,
         rows_max: int,
         incarnation: int,
+        offers: KvOffers | None = None,
     ):
         self.experts = experts
+        self.offers = offers
         self._model, self._kv, self._sampler = model, kv, sampler
         self._rows_max = rows_max
         # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
@@ -114,7 +125,10 @@ class StepExecutor:
             block_tokens=self._kv.block_tokens,
             vocab_size=self._model.config.vocab_size,
         )
+        if self.offers is None and any(sequence.offer_kv for sequence in plan.sequences):
+            raise ValueError(f"step {plan.step_id}: offer_kv is for prefill workers")
         rows = lay_out(plan)
+        self._withdraw_harmed(plan)
         self._step_seq += 1
         num_retries = self.experts.num_retries
         logits = self._forward(rows)
@@ -128,6 +142,26 @@ class StepExecutor:
             duration_us=(time.monotonic_ns() - started) // 1000,
             attempts=1 + self.experts.num_retries - num_retries,
         )
+
+    def _withdraw_harmed(self, plan: StepPlan) -> None:
+        """A plan that writes offered blocks comes from a leader that has given these offers up: end them first."""
+        if self.offers is None:
+            return
+        size = self._kv.block_tokens
+        written = {
+            block_id
+            for sequence in plan.sequences
+            for block_id in sequence.block_table[
+                sequence.start // size : -(-(sequence.start + len(sequence.token_ids)) // size)
+            ]
+        }
+        standing = self.offers.standing()
+        self.offers.withdraw([s for s, block_ids in standing.items() if not written.isdisjoint(block_ids)])
+
+    def _offer(self, sequence: PlannedSequence) -> KvTicket | None:
+        if self.offers is None or not sequence.offer_kv:
+            return None
+        return self.offers.offer(sequence.start + len(sequence.token_ids), sequence.block_table)
 
     def _forward(self, rows: StepRows) -> Float32Array:
         batch = Batch(
@@ -163,6 +197,7 @@ class StepExecutor:
                     logprob=logprob,
                     prompt_logprobs=prompt,
                     error=error,
+                    ticket=None if error else self._offer(sequence),
                 )
             )
         return tuple(sampled)

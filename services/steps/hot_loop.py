@@ -12,12 +12,21 @@ from collections.abc import Callable
 
 import structlog
 
-from bus.control.messages import ExecutorReady, Member, StepCompleted, StepFailed, StepPlan
+from bus.control.messages import (
+    ExecutorReady,
+    Member,
+    OffersEnded,
+    StepCompleted,
+    StepFailed,
+    StepPlan,
+    WithdrawOffers,
+)
 from bus.control.sockets import SyncDealer
 from bus.memory.segment import Segment
 from services.steps.executor import ExpertsAway, StepAbandoned, StepExecutor
 
 IDLE_POLL_MS = 500
+OFFERS_POLL_MS = 10  # while offers stand, which may end at any time
 SEND_TIMEOUT_MS = 1_000
 
 
@@ -79,20 +88,42 @@ class HotLoop:
             return
         if self._dealer is not None:
             self._dealer.close()
-        self._dealer = SyncDealer(current.endpoint, self._identity, StepPlan)
+        offers = self._executor.offers
+        if offers is not None:  # the new planner knows none of them
+            offers.withdraw(list(offers.standing()))
+            offers.ended()
+        self._dealer = SyncDealer(current.endpoint, self._identity, StepPlan | WithdrawOffers)
         self._followed, self._greeted = current.incarnation, False
         self._log.info("scheduler_followed", incarnation=current.incarnation)
 
     def _turn(self, dealer: SyncDealer) -> None:
         if not self._greeted:
             dealer.send(self._greeting, timeout_ms=IDLE_POLL_MS)
-        message = dealer.recv(timeout_ms=IDLE_POLL_MS)
-        if isinstance(message, StepPlan) and message.scheduler_incarnation == self._followed:
-            self._greeted = True
-            answer = self._execute(message)
-            # A lost answer would leave the scheduler waiting for its step's deadline.
-            while answer is not None and self._wanted() and not dealer.send(answer, SEND_TIMEOUT_MS):
-                self._segment.beat()
+        message = dealer.recv(timeout_ms=IDLE_POLL_MS if not self._num_offers() else OFFERS_POLL_MS)
+        match message:
+            case StepPlan(scheduler_incarnation=self._followed):
+                self._greeted = True
+                self._answer(dealer, self._execute(message))
+            case WithdrawOffers(scheduler_incarnation=self._followed, serials=serials):
+                if self._executor.offers is not None:
+                    self._executor.offers.withdraw(serials)
+        self._tell_ended(dealer)
+
+    def _answer(self, dealer: SyncDealer, answer: StepCompleted | StepFailed | OffersEnded | None) -> None:
+        # A lost answer would leave the scheduler waiting for its step's deadline, or with blocks that are never free.
+        while answer is not None and self._wanted() and not dealer.send(answer, SEND_TIMEOUT_MS):
+            self._segment.beat()
+
+    def _num_offers(self) -> int:
+        offers = self._executor.offers
+        return len(offers.standing()) if offers is not None else 0
+
+    def _tell_ended(self, dealer: SyncDealer) -> None:
+        offers = self._executor.offers
+        serials = offers.ended() if offers is not None else ()
+        if serials:
+            message = OffersEnded(incarnation=self._greeting.incarnation, serials=serials)
+            self._answer(dealer, message)
 
     def _execute(self, plan: StepPlan) -> StepCompleted | StepFailed | None:
         incarnation = self._greeting.incarnation

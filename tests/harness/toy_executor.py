@@ -98,6 +98,11 @@ class ToyExecutor:
         first = block_id * self.ready.block_tokens
         self._slots[first : first + len(entries)] = entries
 
+    def read_blocks(self, block_ids: Sequence[int], num_tokens: int, block_tokens: int) -> list[Entry]:
+        """Return what the first `num_tokens` entries of these blocks hold."""
+        slots = [block * block_tokens + offset for block in block_ids for offset in range(block_tokens)]
+        return [self._slots[slot] for slot in slots[:num_tokens]]
+
     def _slot(self, sequence: PlannedSequence, position: int) -> int:
         block, offset = divmod(position, self.ready.block_tokens)
         return sequence.block_table[block] * self.ready.block_tokens + offset

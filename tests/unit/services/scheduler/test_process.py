@@ -26,9 +26,9 @@ from bus.control.messages import (
 )
 from bus.control.sockets import Dealer, Router
 from bus.errors import ConfigError, ProtocolError
+from services.peers import Peer, has_ended
 from services.scheduler import process
 from services.scheduler.events import ExecutorConnected, ExecutorLost, FromGateway, GatewayLost
-from services.scheduler.peers import Peer, has_ended
 from services.scheduler.process import SchedulerProcess, core_settings, scheduler_main
 from tests.harness.poll import async_eventually
 from tests.harness.scheduling import create_ready, create_request

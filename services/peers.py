@@ -1,4 +1,4 @@
-"""Who speaks to the scheduler: the identities of its ROUTER's peers, and whether one of them still lives."""
+"""Who speaks to a ROUTER: the identities of its peers, and whether one of them still lives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bus.config import PodConfig
 from bus.control import endpoints
 from bus.control.lock import is_locked, read_owner
 
-_IDENTITY = re.compile(rb"(gateway|attention)-(\d{1,4})\.(\d{1,12})", re.ASCII)
+_IDENTITY = re.compile(rb"(gateway|scheduler|attention|prefill)-(\d{1,4})\.(\d{1,12})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,73 @@
+"""One executor and its batch in step: what whoever plans steps has to keep in mind about them.
+
+A step is outstanding at a time. Numbers of steps are never those that an earlier incarnation of the planner gave:
+an executor may still be busy with that one's plan when it connects, and answer it.
+"""
+
+from __future__ import annotations
+
+from bus.control.messages import ExecutorReady, StepCompleted, StepFailed, StepPlan
+from services.batching.batch import Batcher, ScheduledRequest
+from services.batching.executor import Executor, OutstandingStep
+from services.cache.blocks import BlockPool
+
+NUMBERS_PER_INCARNATION = 1 << 20
+
+
+class Stepper:
+    """`executor` has a step or not; `batch` has its blocks exactly while it is connected.
+
+    Args:
+        batch: of this executor alone.
+        incarnation: of the planner.
+        step_timeout_ns: a step that takes longer is overdue.
+    """
+
+    def __init__(self, batch: Batcher, *, incarnation: int, step_timeout_ns: int, now_ns: int) -> None:
+        self.executor = Executor(now_ns=now_ns)
+        self.num_scheduled_tokens = 0
+        self._batch = batch
+        self._incarnation = incarnation
+        self._step_timeout_ns = step_timeout_ns
+        self._next_step_id = incarnation * NUMBERS_PER_INCARNATION + 1
+
+    def connect(self, ready: ExecutorReady) -> None:
+        """Begin a session with empty blocks; nobody may be connected."""
+        self.executor.connect(ready)
+        self._batch.attach(BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens))
+
+    def disconnect(self, *, may_return: bool, now_ns: int) -> list[ScheduledRequest]:
+        """End the session: all who ran wait again. Return what the step under way was to compute."""
+        step = self.executor.disconnect(may_return=may_return, now_ns=now_ns)
+        self._batch.detach()
+        return step.scheduled if step is not None else []
+
+    def start_step(self, now_ns: int) -> StepPlan | None:
+        """Return the next step's plan, outstanding from now on; None when there is no work or one is outstanding."""
+        if self.executor.connected is None or self.executor.step is not None:
+            return None
+        scheduled = self._batch.schedule()
+        if not scheduled:
+            return None
+        plan = StepPlan(
+            step_id=self._next_step_id,
+            scheduler_incarnation=self._incarnation,
+            sequences=tuple(one.planned() for one in scheduled),
+        )
+        self._next_step_id += 1
+        self.executor.step = OutstandingStep(plan.step_id, now_ns + self._step_timeout_ns, scheduled)
+        self.num_scheduled_tokens += sum(one.num_tokens for one in scheduled)
+        return plan
+
+    def take_step(self, result: StepCompleted | StepFailed) -> list[ScheduledRequest] | None:
+        """Return what `result` answers, None when it answers nothing; retired blocks are then free."""
+        step = self.executor.take_step(result)
+        if step is None:
+            return None
+        self._batch.release_retired()
+        return step.scheduled
+
+    def is_overdue(self, now_ns: int) -> bool:
+        """Tell whether the step under way takes too long."""
+        step = self.executor.step
+        return step is not None and now_ns >= step.deadline_ns

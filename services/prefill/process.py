@@ -1,0 +1,163 @@
+"""A prefill worker's process: an executor that computes prompts for others.
+
+Life cycle:
+    1. take the owner lock and an incarnation; step behind the token path (`yield_to_token_path`); say `Hello`
+       (state starting);
+    2. map the whole model; experts are mapped, so their bytes are shared with the expert workers;
+    3. sweep what earlier incarnations left; create the segment, whose app area holds the KV blocks;
+    4. start the hot loop, which greets the TE-shell; say ready;
+    5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
+
+Opens: a DEALER to the manager (event loop) and one to the TE-shell (hot loop); its own segment, from which
+attention workers fetch KV. If the shell dies, all offers are withdrawn and the next incarnation is greeted. If the
+manager dies, the last pod map stays in force. If this process dies, its KV dies with it and the shell has the
+prompts computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+
+import structlog
+
+from bus import config as settings
+from bus import process
+from bus.clock import NS_PER_MS, now_ns
+from bus.config import PodConfig
+from bus.control.member import Member
+from bus.control.messages import ExecutorReady
+from bus.errors import ConfigError
+from bus.memory.layout import SegmentLayout
+from bus.memory.segment import Segment
+from services.model.attention_model import AttentionModel
+from services.model.config import ModelConfig, load_config
+from services.model.expert_model import ExpertModel
+from services.model.numerics import check_row_independence
+from services.model.sampler import Sampler
+from services.pod import create_segment, thread_failure
+from services.prefill.experts import LocalExperts, load_all_experts
+from services.prefill.offers import OfferTable
+from services.steps.executor import StepExecutor
+from services.steps.hot_loop import HotLoop
+
+STOP_TIMEOUT_S = 2.0
+NICE = 10
+
+log = structlog.get_logger(__name__)
+
+
+async def prefill_main(config: PodConfig, index: int) -> None:
+    """Serve as prefill worker `index` until cancelled."""
+    num_workers = config.topology.prefill_workers
+    if index >= num_workers:
+        raise ConfigError(f"--index = {index}: must be below topology.prefill_workers = {num_workers}")
+    yield_to_token_path()
+    member = Member(config, "prefill", index)
+    member.segment = member.segment_name
+    async with member:
+        model_config = load_config(settings.model_path(config))
+        model, experts = await asyncio.to_thread(load_models, config, model_config, member)
+        num_blocks = config.prefill.cache_tokens // config.kv.block_tokens
+        kv_bytes = model.kv_bytes(num_blocks, config.kv.block_tokens)
+        segment = create_segment(config, member, SegmentLayout(0, 0, kv_bytes))
+        try:
+            await serve(config, member, segment, model, experts)
+        finally:
+            segment.close()
+            segment.unlink()
+
+
+def yield_to_token_path() -> None:
+    """Have the scheduler of the machine prefer the processes that every token waits for.
+
+    Each process of the pod has a session of its own, hence an autogroup of its own where the kernel has these:
+    there it is the group's niceness that counts between processes.
+    """
+    os.nice(NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
+
+
+def load_models(
+    config: PodConfig, model_config: ModelConfig, member: Member
+) -> tuple[AttentionModel, ExpertModel]:
+    """Check the machine's arithmetic and map the whole model. Raises ConfigError."""
+    check_row_independence()
+    folder = settings.model_path(config)
+
+    def progress(done: int, total: int) -> None:
+        member.set_detail(f"loading weights {done}/{total}")
+
+    model = AttentionModel.load(
+        folder, model_config, progress=progress, kv_cache_dtype=config.attention.kv_cache_dtype
+    )
+    return model, load_all_experts(folder, model_config, progress)
+
+
+def rows_max(config: PodConfig, max_model_len: int) -> int:
+    """Return the largest step in tokens: without chunks, that is the longest prompt."""
+    step_tokens = config.prefill.max_num_batched_tokens
+    return step_tokens if config.prefill.enable_chunked_prefill else max(step_tokens, max_model_len)
+
+
+async def serve(
+    config: PodConfig, member: Member, segment: Segment, model: AttentionModel, expert_model: ExpertModel
+) -> None:
+    """Run the hot loop until cancelled; raises what ended it."""
+    ready = greeting(config, member, model.config)
+    executor = StepExecutor(
+        model,
+        model.allocate_kv(segment.app, ready.num_blocks, ready.block_tokens),
+        LocalExperts(expert_model, segment.beat, wire_int8=config.xccl.int8),
+        Sampler(settings.model_path(config), model.config.vocab_size),
+        rows_max=rows_max(config, ready.max_model_len),
+        incarnation=member.incarnation,
+        offers=OfferTable(
+            index=member.index,
+            incarnation=member.incarnation,
+            segment=member.segment,
+            num_blocks=ready.num_blocks,
+        ),
+    )
+    loop = HotLoop(
+        executor,
+        segment,
+        ready,
+        identity=member.identity,
+        scheduler=lambda: member.lookup("shell", 0),
+    )
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    loop.on_failure = thread_failure(failed)
+    hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
+    member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
+    member.counters = executor.counters_now
+    loop.start()
+    member.set_state("ready")
+    try:
+        await failed
+    finally:
+        loop.stop(STOP_TIMEOUT_S)
+
+
+def greeting(config: PodConfig, member: Member, model: ModelConfig) -> ExecutorReady:
+    """Return what the TE-shell needs to know of this worker."""
+    return ExecutorReady(
+        index=member.index,
+        incarnation=member.incarnation,
+        num_blocks=config.prefill.cache_tokens // config.kv.block_tokens,
+        block_tokens=config.kv.block_tokens,
+        max_model_len=config.scheduler.max_model_len or model.max_position_embeddings,
+        vocab_size=model.vocab_size,
+    )
+
+
+def main() -> None:
+    """Run this process until it is told to stop."""
+    process.run(prefill_main, "prefill")
+
+
+if __name__ == "__main__":
+    main()
