@@ -124,8 +124,8 @@ bench: $(BENCH) ## measure the bus against MPI, iceoryx2, ZeroMQ, gloo (ARGS="--
 bench-model: $(BENCH_MODEL) ## measure the engine alone against transformers and llama.cpp (ARGS="--batch 1 8")
 	$(BENCH_VENV)/bin/xds bench model $(ARGS)
 
-bench-serve: setup ## measure a whole pod over HTTP (ARGS="--concurrency 1 8 32 --json")
-	$(BIN)/python -m tests.bench.serve $(ARGS)
+bench-serve: setup ## measure whole pods under load (ARGS="--concurrency 1 8 32 --compare colocated disaggregated")
+	$(BIN)/xds bench serve $(ARGS)
 
 chaos: setup ## kill every kind of process, twenty times each (minutes)
 	$(BIN)/python -m pytest tests/chaos -m slow $(ARGS)

@@ -12,7 +12,7 @@ from bus import config as settings
 from bus.config import PodConfig
 from bus.errors import BusError, ConfigError, ResourceError
 from bus.shutdown import EXIT_CONFIG, EXIT_FAILURE, EXIT_RESOURCE
-from services import cli_bench, cli_bench_model, cli_quantize
+from services import cli_bench, cli_bench_model, cli_bench_serve, cli_quantize
 
 EXIT_CODES = """\
 exit codes:
@@ -79,6 +79,8 @@ def _dispatch(options: argparse.Namespace, config: PodConfig) -> int:
             return cli_quantize.quantize(options)
         case "bench" if options.subject == "bus":
             return cli_bench.bench(config, options)
+        case "bench" if options.subject == "serve":
+            return cli_bench_serve.bench(config, options)
         case "bench":
             return cli_bench_model.bench(options)
         case _:
@@ -154,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     for subject, text, add_arguments in (
         ("bus", "the bus against other transports", cli_bench.add_arguments),
         ("model", "the engine alone against transformers and llama.cpp", cli_bench_model.add_arguments),
+        ("serve", "whole pods under load, over HTTP", cli_bench_serve.add_arguments),
     ):
         add_arguments(subjects.add_parser(subject, help=text, description=text, parents=[shared]))
     cli_quantize.add_arguments(add("quantize", "write a checkpoint in INT8"))

@@ -1,8 +1,10 @@
-"""A random qwen3_moe checkpoint to measure with, where none is given."""
+"""Random qwen3_moe checkpoints to measure with, where none is given."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,25 +38,48 @@ SHAPE = {
     "dtype": "float32",
 }
 
+# Next to nothing to compute, and a long window: 32K tokens go through it in seconds.
+LONG_WINDOW = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 135_168,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1_000_000.0,
+}
 
-def write_random(folder: Path, seed: int = 0) -> None:
-    """Write the checkpoint `SHAPE`, float32, drawn from `seed`."""
+
+def write_random(folder: Path, seed: int = 0, changes: Mapping[str, object] | None = None) -> None:
+    """Write the checkpoint `SHAPE` with `changes`, float32, drawn from `seed`."""
+    fields = {**SHAPE, **(changes or {})}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPE, indent=1))
+    (folder / "config.json").write_text(json.dumps(fields, indent=1))
     rng = np.random.default_rng(seed)
     writer = CheckpointWriter(folder)
-    for name, shape in _shapes():
+    for name, shape in _shapes(fields):
         writer.add(name, np.ones(shape, np.float32) if len(shape) == 1 else _drawn(rng, shape))
     writer.finish()
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a checkpoint the demo model's tokenizer, so that a gateway serves it."""
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(demo / name, folder)
 
 
 def _drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return np.asarray(rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[-1])))
 
 
-def _shapes() -> list[tuple[str, tuple[int, ...]]]:
+def _shapes(fields: Mapping[str, object]) -> list[tuple[str, tuple[int, ...]]]:
     def size(name: str) -> int:
-        value = SHAPE[name]
+        value = fields[name]
         assert isinstance(value, int)
         return value
 
