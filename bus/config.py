@@ -34,6 +34,7 @@ class TopologyConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
 
     dp_groups: int = 2  # each a scheduler and an attention worker
     expert_workers: int = 4  # at most the model's experts
+    long_dp_groups: int = 0  # so many DP groups, the last ones, serve long requests only; 0 = all serve all
     prefill_workers: int = 0  # with a TE-shell that leads them; 0 = DP groups prefill themselves
 
 
@@ -123,6 +124,11 @@ class GatewayConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     retry_attempts_max: int = 20  # re-dispatches of one request after deaths
     retry_window_ms: int = 60_000  # how long an accepted request waits for a group that can serve it
     backlog_tokens_max: int = 4096  # tokens that may wait for a client that reads slowly
+    policy: str = "prefix"  # which DP group gets a request: round_robin, least_loaded, kv_usage or prefix
+    output_reserve_tokens: int = 512  # output to come that counts as KV in use, at most, per request
+    balance_tokens: int = 4096  # prefix: KV that a group may have in use beyond the least used one
+    prefix_percent_min: int = 25  # prefix: of the prompt; a shorter one decides nothing
+    long_tokens: int = 8192  # from so many prompt tokens + max_tokens on, a request is long
 
 
 class PodConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

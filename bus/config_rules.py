@@ -20,6 +20,7 @@ _MS = (1, 3_600_000)
 _RANGES: dict[str, tuple[int, int]] = {
     "topology.dp_groups": _COUNT,
     "topology.expert_workers": _COUNT,
+    "topology.long_dp_groups": (0, 63),
     "topology.prefill_workers": (0, 64),
     "scheduler.max_num_seqs": (1, 4096),
     "scheduler.max_num_batched_tokens": (1, 65_536),
@@ -52,6 +53,10 @@ _RANGES: dict[str, tuple[int, int]] = {
     "gateway.retry_attempts_max": (0, 1_000),
     "gateway.retry_window_ms": _MS,
     "gateway.backlog_tokens_max": (1, 100_000_000),
+    "gateway.output_reserve_tokens": (0, 100_000_000),
+    "gateway.balance_tokens": (0, 100_000_000),
+    "gateway.prefix_percent_min": (0, 100),
+    "gateway.long_tokens": (1, 100_000_000),
 }
 _POD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _ROUTE_COSTS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?(?:,(?!$)|$)){6}|")
@@ -85,6 +90,7 @@ def validate(config: PodConfig) -> None:
     _require(dtype in KV_CACHE_DTYPES, "attention.kv_cache_dtype", dtype, f"must be one of {names}")
     _require(bool(config.gateway.host), "gateway.host", config.gateway.host, "must be a host name or address")
     _validate_relations(config)
+    _validate_long_groups(config)
     _validate_runtime_dir(config)
 
 
@@ -117,6 +123,26 @@ def _validate_relations(config: PodConfig) -> None:
         launcher.restart_backoff_ms_max,
         f"must be at least launcher.restart_backoff_ms = {launcher.restart_backoff_ms}",
     )
+
+
+def _validate_long_groups(config: PodConfig) -> None:
+    """Both kinds of groups must be able to get requests."""
+    num_groups, num_long, long_tokens = (
+        config.topology.dp_groups,
+        config.topology.long_dp_groups,
+        config.gateway.long_tokens,
+    )
+    if num_long == 0:
+        return
+    rule = f"must be below topology.dp_groups = {num_groups}, or nobody serves short requests"
+    _require(num_long < num_groups, "topology.long_dp_groups", num_long, rule)
+    _require(
+        long_tokens > 1, "gateway.long_tokens", long_tokens, "must be at least 2, or no request is short"
+    )
+    for name in ("kv.cache_tokens", "scheduler.max_model_len"):
+        most = cast("int", _value(config, name))
+        rule = f"must be at most {name} = {most}, or no request is long"
+        _require(most == 0 or long_tokens <= most, "gateway.long_tokens", long_tokens, rule)
 
 
 def _validate_runtime_dir(config: PodConfig) -> None:

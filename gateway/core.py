@@ -17,8 +17,8 @@ States of a job (a finished job is in no collection):
               says so, one that has lost it, or whose last word was lost, goes on with it.
 
 `check_invariants` asserts: every job is in the collections of its state and in no other; an attached
-job's group is known at the job's incarnation; group loads are the sums over their jobs; losses and tokens
-are within bounds.
+job's group is known at the job's incarnation, and of its kind; group loads are the sums over their jobs;
+losses and tokens are within bounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from bus.control.messages import (
     TokensGenerated,
 )
 from gateway import events as ev
-from gateway.jobs import GroupTable, Job, JobCounters, JobLimits, JobState
+from gateway.jobs import Group, Job, JobCounters, JobLimits, JobState
+from gateway.placer import PlacementSettings, Placer, group_table
 
 _BACKOFF_DOUBLINGS_MAX = 5
 
@@ -44,13 +45,15 @@ _BACKOFF_DOUBLINGS_MAX = 5
 class JobExecutor:
     """A pure state machine: `handle(event, now_ns)` returns the instructions. Nothing else changes it."""
 
-    def __init__(self, limits: JobLimits | None = None) -> None:
+    def __init__(self, limits: JobLimits | None = None, placement: PlacementSettings | None = None) -> None:
+        """Raises ConfigError when there is no such placement policy."""
         self.limits = limits or JobLimits()
         self.counters = JobCounters()
+        self.placer = Placer(placement or PlacementSettings())
         self._jobs: dict[str, Job] = {}
         self._waiting: dict[str, Job] = {}
         self._unanswered: dict[str, Job] = {}
-        self._groups = GroupTable()
+        self._groups = group_table(self.placer.settings, self.placer)
         self._probe_ns = 0  # when to look for silent jobs; 0 = nothing was accepted since the last look
 
     # ------------------------------------------------------------------ views
@@ -67,9 +70,9 @@ class JobExecutor:
         """Return the number of jobs without a group."""
         return len(self._waiting)
 
-    def jobs_by_group(self) -> dict[int, tuple[Job, ...]]:
-        """Return the jobs that each known group holds."""
-        return {dp_group: tuple(self._groups[dp_group].jobs.values()) for dp_group in self._groups}
+    def groups(self) -> dict[int, Group]:
+        """Return the known groups and what they hold, for reading."""
+        return {dp_group: self._groups[dp_group] for dp_group in self._groups}
 
     def next_wake_ns(self) -> int | None:
         """Return when a `Tick` is due (monotonic ns), None while nothing waits for time to pass."""
@@ -247,11 +250,11 @@ class JobExecutor:
     # ------------------------------------------------------------------ placing
 
     def _place(self, job: Job, now_ns: int, out: list[ev.Instruction]) -> None:
-        """Dispatch a waiting job to the least loaded serving group that has not said queue_full."""
-        serving = self._groups.serving()
-        candidates = [dp_group for dp_group in serving if dp_group not in job.full_groups]
+        """Dispatch a waiting job to the best serving group of its kind that has not said queue_full."""
+        serving = self._serving(job)
+        candidates = {d: self._groups[d] for d in serving if d not in job.full_groups}
         if candidates:
-            self._dispatch(job, min(candidates, key=lambda d: self._cost(job, d)), now_ns, out)
+            self._dispatch(job, self.placer.choose(job, candidates), now_ns, out)
         elif not serving:
             job.wake_ns = job.deadline_ns  # a change of the groups wakes it
         elif job.was_accepted:
@@ -263,15 +266,14 @@ class JobExecutor:
 
     def _place_or_pause(self, job: Job, now_ns: int, out: list[ev.Instruction]) -> None:
         """Like `_place`, but pause when every group has had its turn, or only the avoided one is left."""
-        others = set(self._groups.serving()) - job.full_groups - {job.avoid_group}
+        others = set(self._serving(job)) - job.full_groups - {job.avoid_group}
         if others and job.num_refusals <= len(self._groups):
             self._place(job, now_ns, out)
         else:
             job.wake_ns = now_ns + self._backoff_ns(job)
 
-    def _cost(self, job: Job, dp_group: int) -> tuple[bool, int, int, int]:
-        group = self._groups[dp_group]
-        return (dp_group == job.avoid_group, len(group.jobs), group.num_tokens, dp_group)
+    def _serving(self, job: Job) -> list[int]:
+        return self.placer.of_kind(job, self._groups.serving())
 
     def _backoff_ns(self, job: Job) -> int:
         doublings = min(max(job.num_refusals - 1, 0), _BACKOFF_DOUBLINGS_MAX)
@@ -281,6 +283,7 @@ class JobExecutor:
         del self._waiting[job.request_id]
         self._unanswered[job.request_id] = job
         self._groups.attach(job, dp_group)
+        self.placer.note(job, self._groups[dp_group])
         job.state = JobState.DISPATCHED
         job.attempt += 1
         self._send(job, now_ns, out)
@@ -364,6 +367,7 @@ class JobExecutor:
             assert (job.request_id in self._waiting) == (job.state is JobState.WAITING), job
             assert (job.request_id in self._unanswered) == (job.state is JobState.DISPATCHED), job
             assert attached == (job.state is not JobState.WAITING), job
+            assert not attached or self.placer.of_kind(job, [job.dp_group]), job
             assert len(job.output_token_ids) <= job.sampling.max_tokens, job
             assert 0 <= job.num_losses <= self.limits.retry_attempts_max, job
         num_attached = sum(len(self._groups[dp_group].jobs) for dp_group in self._groups)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from bus.clock import NS_PER_S, now_ns
 from bus.control.messages import Member, Message, PodMap
+from bus.control.podmap import find
 from gateway.choices import ChoicePlan
 from gateway.core import JobExecutor
 from gateway.events import (
@@ -112,7 +113,10 @@ class Dispatcher:
         listed = {member.index for member in pod_map.members if member.service == "scheduler"}
         for dp_group, group in self._groups.items():
             if dp_group not in listed:
-                group.view = GroupView(group.view.incarnation, serving=False)
+                group.view = replace(group.view, serving=False)
+            worker = find(pod_map, "attention", dp_group)
+            if worker is not None:
+                group.view = replace(group.view, executor_incarnation=worker.incarnation)
         self._handle(GroupsChanged({dp_group: group.view for dp_group, group in self._groups.items()}))
 
     def close(self) -> None:
@@ -133,7 +137,7 @@ class Dispatcher:
             return
         view = GroupView(member.incarnation, serving)
         if known is not None and known.view.incarnation == member.incarnation:
-            known.view = view
+            known.view = replace(known.view, serving=serving)
             return
         if known is not None:
             self._drop(member.index)

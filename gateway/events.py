@@ -30,6 +30,9 @@ class GroupView:
 
     incarnation: int  # of the group's scheduler
     serving: bool  # scheduler, attention worker and all experts are ready
+    executor_incarnation: int = (
+        0  # of its attention worker, whose death empties the KV cache; 0 = none was seen
+    )
 
 
 # --------------------------------------------------------------------------- events

@@ -8,6 +8,7 @@ from enum import Enum
 
 from bus.control.messages import FinishReason, SamplingParams
 from gateway.events import GroupView
+from gateway.prefix_index import PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Job:
         """Tokens that a group must hold to go on."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    def kv_tokens(self, reserve_tokens: int) -> int:
+        """Tokens so far, and those to come, of which `reserve_tokens` are counted at most."""
+        num_to_come = self.sampling.max_tokens - len(self.output_token_ids)
+        return self.num_tokens + min(num_to_come, reserve_tokens)
+
     def natural_end(self) -> FinishReason:
         """Tell whether the tokens so far end the request (only the scheduler's last word was lost)."""
         sampling, outputs = self.sampling, self.output_token_ids
@@ -81,18 +87,24 @@ class Job:
 
 @dataclass(slots=True)
 class Group:
-    """One DP group: its view and the jobs that it holds, by request id."""
+    """One DP group: its view, the jobs that it holds, by request id, and what it probably has cached."""
 
     view: GroupView
+    prefixes: PrefixIndex
     jobs: dict[str, Job] = field(default_factory=dict)
     num_tokens: int = 0
+    kv_tokens: int = 0  # with reserved output
+    last_dispatch: int = 0  # number of the latest dispatch to it; 0 = none
 
 
 class GroupTable:
     """The known DP groups. A job is attached to at most one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reserve_tokens: int = 0, index_blocks: int = 0) -> None:
+        """`reserve_tokens` of a job's output to come count as used; a group's prefix index has `index_blocks`."""
         self._groups: dict[int, Group] = {}
+        self._reserve_tokens = reserve_tokens
+        self._index_blocks = index_blocks
 
     def __getitem__(self, dp_group: int) -> Group:
         return self._groups[dp_group]
@@ -118,7 +130,9 @@ class GroupTable:
         kept = {dp_group: group for dp_group, group in self._groups.items() if dp_group not in dead}
         self._groups = {}
         for dp_group, view in sorted(views.items()):
-            group = kept.get(dp_group) or Group(view)
+            group = kept.get(dp_group) or Group(view, PrefixIndex(self._index_blocks))
+            if group.view.executor_incarnation != view.executor_incarnation:
+                group.prefixes.clear()
             group.view = view
             self._groups[dp_group] = group
         return dead, orphans
@@ -128,6 +142,7 @@ class GroupTable:
         group = self._groups[dp_group]
         group.jobs[job.request_id] = job
         group.num_tokens += job.num_tokens
+        group.kv_tokens += job.kv_tokens(self._reserve_tokens)
         job.dp_group, job.incarnation = dp_group, group.view.incarnation
 
     def detach(self, job: Job) -> None:
@@ -135,15 +150,22 @@ class GroupTable:
         group = self._groups[job.dp_group]
         del group.jobs[job.request_id]
         group.num_tokens -= job.num_tokens
+        group.kv_tokens -= job.kv_tokens(self._reserve_tokens)
 
     def grow(self, job: Job, token_ids: tuple[int, ...]) -> None:
         """Append output tokens to an attached job."""
+        group = self._groups[job.dp_group]
+        group.kv_tokens -= job.kv_tokens(self._reserve_tokens)
         job.output_token_ids += token_ids
-        self._groups[job.dp_group].num_tokens += len(token_ids)
+        group.num_tokens += len(token_ids)
+        group.kv_tokens += job.kv_tokens(self._reserve_tokens)
 
     def check_invariants(self) -> None:
         """Assert that loads are sums over jobs and that every job is where it says."""
         for dp_group, group in self._groups.items():
-            assert group.num_tokens == sum(job.num_tokens for job in group.jobs.values()), group
+            jobs = group.jobs.values()
+            assert group.num_tokens == sum(job.num_tokens for job in jobs), group
+            assert group.kv_tokens == sum(job.kv_tokens(self._reserve_tokens) for job in jobs), group
+            assert len(group.prefixes) <= self._index_blocks, group
             for job in group.jobs.values():
                 assert (job.dp_group, job.incarnation) == (dp_group, group.view.incarnation), job

@@ -139,6 +139,7 @@ class _PodCollector(prometheus.CollectorRegistry):
         """Yield gauges and counters."""
         yield from self._requests()
         yield from self._executor_counters()
+        yield from self._placement()
         yield from self._prefix_cache()
         yield from self._members()
 
@@ -148,10 +149,10 @@ class _PodCollector(prometheus.CollectorRegistry):
             "vllm:num_requests_running", "Requests with output tokens.", labels=labels
         )
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests without output.", labels=labels)
-        for dp_group, jobs in self._executor.jobs_by_group().items():
-            num_running = sum(bool(job.output_token_ids) for job in jobs)
+        for dp_group, group in self._executor.groups().items():
+            num_running = sum(bool(job.output_token_ids) for job in group.jobs.values())
             running.add_metric((self._model_name, str(dp_group)), num_running)
-            waiting.add_metric((self._model_name, str(dp_group)), len(jobs) - num_running)
+            waiting.add_metric((self._model_name, str(dp_group)), len(group.jobs) - num_running)
         waiting.add_metric((self._model_name, "none"), self._executor.num_waiting())
         yield running
         yield waiting
@@ -166,6 +167,25 @@ class _PodCollector(prometheus.CollectorRegistry):
             ("token_mismatches", counters.token_mismatches),
         ):
             yield CounterMetricFamily(f"xds:{name}", f"See gateway.jobs.JobCounters.{name}.", value=value)
+
+    def _placement(self) -> Iterable[Metric]:
+        labels = ("model_name", "engine")
+        load = GaugeMetricFamily(
+            "xds:placed_kv_tokens", "KV of the group's requests, reserved output included.", labels=labels
+        )
+        for dp_group, group in self._executor.groups().items():
+            load.add_metric((self._model_name, str(dp_group)), group.kv_tokens)
+        yield load
+        routes = self._executor.placer.routes
+        for name, text, field in (
+            ("placed_requests", "Requests sent to the group.", "num_requests"),
+            ("prefix_routed_requests", "Requests sent where a prefix of theirs is.", "num_by_prefix"),
+            ("prefix_routed_tokens", "Tokens of these prefixes.", "prefix_tokens"),
+        ):
+            family = CounterMetricFamily(f"xds:{name}", text, labels=labels)
+            for dp_group, counters in sorted(routes.items()):
+                family.add_metric((self._model_name, str(dp_group)), getattr(counters, field))
+            yield family
 
     def _prefix_cache(self) -> Iterable[Metric]:
         labels = ("model_name", "engine")

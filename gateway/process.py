@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import uuid
 from collections.abc import Generator
 
@@ -45,6 +46,7 @@ from gateway.dispatcher import Dispatcher, Listener
 from gateway.jobs import JobLimits
 from gateway.links import scheduler_link
 from gateway.metrics import Metrics
+from gateway.placer import PlacementSettings
 
 _HEADER_BYTES_MAX = 64 * 1024
 _BACKLOG_CONNECTIONS = 2048
@@ -133,7 +135,7 @@ async def run_gateway(config: PodConfig, index: int) -> None:
     """Serve until cancelled."""
     served = await asyncio.to_thread(checkpoint.load, config)
     with contextlib.closing(bind(config.gateway)) as listener:
-        core = JobExecutor(job_limits(config))
+        core = JobExecutor(job_limits(config), placement_settings(config))
         member = Member(
             config,
             "gateway",
@@ -175,6 +177,23 @@ def job_limits(config: PodConfig) -> JobLimits:
         retry_attempts_max=config.gateway.retry_attempts_max,
         retry_window_ms=config.gateway.retry_window_ms,
         waiting_jobs_max=config.scheduler.max_waiting_requests * config.topology.dp_groups,
+    )
+
+
+def placement_settings(config: PodConfig) -> PlacementSettings:
+    """Return what placing needs to know."""
+    gateway, topology = config.gateway, config.topology
+    is_split = topology.long_dp_groups > 0
+    return PlacementSettings(
+        policy=gateway.policy,
+        output_reserve_tokens=gateway.output_reserve_tokens,
+        balance_tokens=gateway.balance_tokens,
+        prefix_percent_min=gateway.prefix_percent_min,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        block_tokens=config.kv.block_tokens,
+        cache_tokens=config.kv.cache_tokens if config.scheduler.enable_prefix_caching else 0,
+        first_long_group=topology.dp_groups - topology.long_dp_groups,
+        long_tokens=gateway.long_tokens if is_split else sys.maxsize,
     )
 
 

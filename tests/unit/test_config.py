@@ -75,6 +75,28 @@ def test_a_bad_value_is_named_with_its_rule(name: str, text: str, rule: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        (
+            {"topology.long_dp_groups": "2"},
+            "topology.long_dp_groups = 2: must be below topology.dp_groups = 2",
+        ),
+        ({"topology.long_dp_groups": "1", "gateway.long_tokens": "1"}, "must be at least 2"),
+        ({"topology.long_dp_groups": "1", "kv.cache_tokens": "4096"}, "at most kv.cache_tokens = 4096"),
+        (
+            {"topology.long_dp_groups": "1", "scheduler.max_model_len": "99"},
+            "at most scheduler.max_model_len",
+        ),
+    ],
+)
+def test_long_and_short_requests_must_both_be_possible(values: dict[str, str], rule: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings.load(values, None, {})
+    assert rule in str(error.value)
+    settings.load({**values, "topology.long_dp_groups": "0"}, None, {})
+
+
 def test_toml_values_are_not_coerced(tmp_path: Path) -> None:
     path = tmp_path / "pod.toml"
     path.write_text('[gateway]\nport = "8000"\n')

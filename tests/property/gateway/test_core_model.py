@@ -42,6 +42,7 @@ from gateway.events import (
     Tick,
 )
 from gateway.jobs import JobLimits
+from gateway.placer import PlacementSettings
 
 MAX_TOKENS = 6
 GROUPS = (0, 1, 2)
@@ -81,7 +82,12 @@ class Pod(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = JobExecutor(JobLimits(retry_attempts_max=8, retry_window_ms=20_000, waiting_jobs_max=3))
+        limits = JobLimits(retry_attempts_max=8, retry_window_ms=20_000, waiting_jobs_max=3)
+        # Group 2 is for long requests, every third; blocks of one token, so that prefixes match.
+        placing = PlacementSettings(
+            block_tokens=1, cache_tokens=3, first_long_group=2, long_tokens=2 + MAX_TOKENS + 1
+        )
+        self.core = JobExecutor(limits, placing)
         self.now_ms = 0
         self.clients: dict[str, Client] = {}
         self.schedulers: dict[int, Scheduler] = {}
@@ -100,8 +106,10 @@ class Pod(RuleBasedStateMachine):
     @rule()
     def submit(self) -> None:
         request_id = f"r{len(self.clients)}"
+        number = len(self.clients)
         self.clients[request_id] = Client()
-        self._do(ClientSubmitted(request_id, (1, 2), SamplingParams(max_tokens=MAX_TOKENS)))
+        prompt = (1, 2, 3)[: 3 if number % 3 == 2 else 2]
+        self._do(ClientSubmitted(request_id, prompt, SamplingParams(max_tokens=MAX_TOKENS)))
 
     @rule(data=st.data())
     @precondition(lambda self: self.clients)
