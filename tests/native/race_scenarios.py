@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import race_memory
@@ -27,6 +29,8 @@ from bus.xccl.p2p import P2p
 POD = sys.argv[2]
 WORLD = World.of(attention=1, expert=1)
 SENDER, RECEIVER = WORLD.ranks
+RING = RingLayout(num_slots=4, slot_bytes=256)
+STEPS = 100  # exchanges of a group
 
 _create = Segment.create
 _owned: dict[str, Segment] = {}
@@ -100,44 +104,65 @@ def soon() -> Deadline:
     return Deadline.after_ms(120_000)
 
 
+@contextmanager
+def two_ends(incarnation: int, config: XcclConfig, app_bytes: int) -> Iterator[list[Endpoint]]:
+    """The sender's and the receiver's end, each knowing the other."""
+    ends = [
+        Endpoint(pod=POD, world=WORLD, me=me, incarnation=incarnation, config=config, p2p_peers=[peer],
+                 p2p_ring=RING, app_bytes=app_bytes)
+        for me, peer in ((SENDER, RECEIVER), (RECEIVER, SENDER))
+    ]  # fmt: skip
+    for end in ends:
+        for other in ends:
+            end.learn(other.me, incarnation, other.segment.name)
+    yield ends
+    for end in ends:
+        end.close()
+
+
 def p2p() -> None:
     """Messages of one record, of many, and ones that are pulled from the sender's app area, under two ways to wait."""
-    ring = RingLayout(num_slots=4, slot_bytes=256)
     for incarnation, config in enumerate((XcclConfig(), XcclConfig(spin_us=0)), 1):
-        ends = [
-            Endpoint(pod=POD, world=WORLD, me=me, incarnation=incarnation, config=config, p2p_peers=[peer],
-                     p2p_ring=ring, app_bytes=1 << 18)
-            for me, peer in ((SENDER, RECEIVER), (RECEIVER, SENDER))
-        ]  # fmt: skip
-        for end in ends:
-            for other in ends:
-                end.learn(other.me, incarnation, other.segment.name)
-        exchange_messages(*ends)
-        for end in ends:
-            end.close()
+        with two_ends(incarnation, config, 1 << 18) as ends:
+            exchange_messages(*ends, [1, 200, 256, 1000, 5000, 1 << 17] * 100)
 
 
-def exchange_messages(here: Endpoint, there: Endpoint) -> None:
-    sizes = [1, 200, 256, 1000, 5000, 1 << 17] * 100
-    area = here.segment.array(here.segment.layout.app_offset, (1 << 17,), np.uint8)
+def lanes() -> None:
+    """Arrays whose copy several threads share: out of the sender's app area or memory, into the receiver's area."""
+    with two_ends(1, XcclConfig(num_lanes=4), 1 << 20) as ends:
+        assert exchange_messages(*ends, [1 << 20, 600_000] * 30, in_place=True) > 0, "no other lane has run"
+
+
+def exchange_messages(here: Endpoint, there: Endpoint, sizes: list[int], *, in_place: bool = False) -> int:
+    """Every second message lies in the sender's app area; with `in_place` all are received into the receiver's.
+
+    Returns how many blocks were copied by other lanes than the receiving thread.
+    """
+    num_lane_blocks = 0
+    source, target = (
+        end.segment.array(end.segment.layout.app_offset, (max(sizes),), np.uint8) for end in (here, there)
+    )
 
     def send() -> None:
         p2p = P2p(here)
         for event, size in enumerate(sizes):
-            message = area[:size] if event % 2 else np.empty(size, np.uint8)
+            message = source[:size] if event % 2 else np.empty(size, np.uint8)
             _native.copy(message, 0, np.full(size, event % 251, np.uint8), 0, size)
             p2p.send(message, RECEIVER, event, soon())
         p2p.close()
 
     def receive() -> None:
+        nonlocal num_lane_blocks
         p2p = P2p(there)
         for event, size in enumerate(sizes):
-            message = p2p.recv(None, SENDER, event, soon())
+            message = p2p.recv(target[:size] if in_place else None, SENDER, event, soon())
             assert message.shape == (size,)
             assert (message == event % 251).all()
+        num_lane_blocks = p2p.stats()[SENDER, "recv"]["num_lane_blocks"]
         p2p.close()
 
     run_threads(send, receive)
+    return num_lane_blocks
 
 
 def ring() -> None:
@@ -184,19 +209,34 @@ def dispatch() -> None:
     for int8 in (False, True):
         shape = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2, int8=int8)
         with DispatchWorld(shape, pod=POD) as world:
-            rng, gate = np.random.default_rng(3), Gate()
+            rng = np.random.default_rng(3)
+            inputs = [world.routed(rng, rng.integers(0, 7, 3).tolist()) for _ in range(STEPS)]
 
-            def exchange(rank: int, inputs: list, step: int, world: DispatchWorld, gate: Gate) -> None:
-                gate.enter()
-                race_memory.install()
-                world.one(rank, inputs[rank], Event(step, 0))
-                gate.open()
+            def exchange(rank: int, world: DispatchWorld = world, inputs: list = inputs) -> None:
+                for step, routed in enumerate(inputs, 1):
+                    world.one(rank, routed[rank], Event(step, 0))
 
-            for step in range(1, 40):
-                inputs = world.routed(rng, rng.integers(0, 7, 3).tolist())
-                gate.open()
-                world.each(lambda rank, i=inputs, s=step, w=world, g=gate: exchange(rank, i, s, w, g))
-            gate.enter()
+            run_threads(*[partial(exchange, rank) for rank in range(3)])
+
+
+def alltoall() -> None:
+    """Pieces of every kind from three ranks to each other: staged, large in the app area, and a few bytes of it."""
+    from bus.xccl.alltoall import AllToAllShape
+    from tests.harness.alltoall_world import AllToAllWorld
+
+    shape = AllToAllShape(num_ranks=3, stage_bytes=3 << 13, area_bytes=3 << 13)
+    with AllToAllWorld(shape, pod=POD) as world:
+
+        def exchange(rank: int) -> None:
+            side = world.ranks[rank]
+            for step in range(1, 3 * STEPS):
+                width = (1 << 13, 1 << 13, 64)[step % 3]
+                rows = side.area((3, width), np.uint8) if step % 3 else np.empty((3, width), np.uint8)
+                _native.copy(rows, 0, np.full((3, width), (step + rank) % 251, np.uint8), 0, 3 * width)
+                got = side.exchange_fixed(rows, event=Event(step, 0), deadline=soon())
+                assert (got == (step + np.arange(3)[:, None]) % 251).all()
+
+        run_threads(*[partial(exchange, rank) for rank in range(3)])
 
 
 def relay() -> None:
@@ -211,7 +251,7 @@ def relay() -> None:
 
         def attend(index: int) -> None:
             rng, side = np.random.default_rng(index), world.attention[index]
-            for step in range(1, 60):
+            for step in range(1, STEPS):
                 x, ranks, experts = routing(rng, shape, int(rng.integers(0, 6)))
                 route = Route.DIRECT if step % 2 else Route.TRAMPOLINE
                 handle = side.a2e_send(x, ranks, experts, Event(step, 0), route)
@@ -235,7 +275,7 @@ def relay() -> None:
         )
 
 
-SCENARIOS = {function.__name__: function for function in (p2p, ring, dispatch, relay)}
+SCENARIOS = {function.__name__: function for function in (p2p, lanes, ring, dispatch, alltoall, relay)}
 
 if __name__ == "__main__":
     Segment.create, Segment.attach = create, attach  # type: ignore[method-assign, assignment]

@@ -36,12 +36,17 @@ def test_nothing_races(real: Path, scenario: str) -> None:
     ("labels", "scenarios"),
     [
         (["cell-whole"], ["p2p"]),
-        (["cell-whole", "doorbell", "word"], ["dispatch", "relay"]),
+        (["cell-whole", "doorbell", "word"], ["dispatch", "alltoall", "relay"]),
         (["word", "doorbell"], ["ring"]),
+        (["lane-block", "lane-job"], ["lanes"]),
     ],
-    ids=["cells", "cells-and-bells", "words-and-bells"],
+    ids=["cells", "cells-and-bells", "words-and-bells", "lanes"],
 )
-@pytest.mark.parametrize("orders", [["RELEASE", "SEQ_CST"], ["ACQUIRE", "SEQ_CST"]], ids=["publish", "take"])
+@pytest.mark.parametrize(
+    "orders",
+    [["RELEASE", "SEQ_CST", "ACQ_REL"], ["ACQUIRE", "SEQ_CST", "ACQ_REL"]],
+    ids=["publish", "take"],
+)
 def test_relaxed_orders_are_reported(labels: list[str], scenarios: list[str], orders: list[str]) -> None:
     with tree() as directory:
         assert mutate(directory, labels, orders) > 0
