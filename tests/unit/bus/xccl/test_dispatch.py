@@ -188,7 +188,7 @@ def test_the_dead_are_named_and_their_next_incarnation_joins_the_next_attempt(
     for table in world.tables:
         assert table.learn(Rank("expert", 1), 2, world.segments[1].name)
         assert not table.learn(Rank("expert", 1), 1, "/xds-older")
-    world.ranks[1] = world.dispatcher(1)
+    world.ranks[1] = world.open(1)
     outs = world.exchange(inputs, Event(1, 0, attempt=2))
     assert all(out.tobytes() == t.tobytes() for (_, out), t in zip(outs, twin(inputs), strict=True))
 
