@@ -148,15 +148,17 @@ group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w1, uint64
 
 /* ---------------------------------------------------------------- waiting */
 
-/* Look at one awaited rank's cells. An event later than the awaited one means that it gave this one up. */
+/* Look at one awaited rank's cells, lane after lane. A later event means that it gave this one up only if a second look
+ * does not find this one: it may have published both since the lane of this one was looked at. */
 static uint8_t
 look(const group_t *group, Py_ssize_t rank, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint64_t *found)
 {
     uint8_t state = AWAITED;
-    for (Py_ssize_t l = lane; l < lane + num_lanes; l++) {
+    for (Py_ssize_t i = 0; i < (state == AWAITED ? num_lanes : 2 * num_lanes); i++) {
         uint64_t words[CELL_WORDS];
-        if (!load_cell(group_cell(group, group->rank, rank, l), words) ||
-            words[0] >> COUNTER_BITS != (group->peers[rank].incarnation & 0xFFFFFF)) {
+        int is_whole = load_cell(group_cell(group, group->rank, rank, lane + i % num_lanes), words);
+        FAULT("looked");
+        if (!is_whole || words[0] >> COUNTER_BITS != (group->peers[rank].incarnation & 0xFFFFFF)) {
             continue;
         }
         if (words[1] == event_id) {

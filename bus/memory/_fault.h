@@ -1,7 +1,8 @@
 /* Points at which a test build (-DXDS_FAULT_POINTS) kills its process, as `kill -9` would, and says where on stdout.
  *
  * The environment variable XDS_FAULT_POINT arms one of them: "NAME" dies there, "NAME:3" when it is reached for the
- * third time since it was armed. Other builds have no trace of this. tests/litmus drives it. */
+ * third time since it was armed; "NAME~" stops there once, until SIGCONT, so that others go on meanwhile. Other builds
+ * have no trace of this. tests/litmus drives it. */
 #ifndef XDS_FAULT_H
 #define XDS_FAULT_H
 
@@ -19,16 +20,20 @@ fault_reached(const char *name)
     static int num_reached;
     const char *armed = getenv("XDS_FAULT_POINT");
     size_t length = strlen(name);
-    if (armed == NULL || strncmp(armed, name, length) != 0 || (armed[length] != 0 && armed[length] != ':')) {
+    if (armed == NULL || strncmp(armed, name, length) != 0 || (armed[length] != 0 && !strchr(":~", armed[length]))) {
         return;
     }
+    int is_stop = armed[length] == '~';
     if (armed[length] == ':' && ++num_reached < atoi(armed + length + 1)) {
         return;
     }
     char text[64];
     int size = snprintf(text, sizeof text, "fault %s\n", name);
     if (write(STDOUT_FILENO, text, (size_t)size) == size) {
-        raise(SIGKILL);
+        if (is_stop) {
+            unsetenv("XDS_FAULT_POINT");
+        }
+        raise(is_stop ? SIGSTOP : SIGKILL);
     }
 }
 #define FAULT(name) fault_reached(name)

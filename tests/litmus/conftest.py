@@ -22,6 +22,7 @@ from tests.native.build import build_all
 ROOT = Path(__file__).resolve().parents[2]
 LINE_TIMEOUT_S = 30
 ENDED = "(it has ended)"
+SILENT = f"(it says nothing for {LINE_TIMEOUT_S} s)"
 
 
 class Child:
@@ -53,8 +54,11 @@ class Child:
         self._lines.put(ENDED)
 
     def line(self) -> str:
-        """Return the next line that the child printed, or ENDED."""
-        return self._lines.get(timeout=LINE_TIMEOUT_S)
+        """Return the next line that the child printed, ENDED or SILENT."""
+        try:
+            return self._lines.get(timeout=LINE_TIMEOUT_S)
+        except queue.Empty:
+            return SILENT
 
     def say(self, line: str) -> None:
         """Give it a line to read."""

@@ -14,9 +14,14 @@ from typing import Any
 
 import pytest
 
+from bus.memory import _native
+from bus.memory.segment import Segment, segment_name
+from bus.xccl.event import Event
+from tests.harness.poll import eventually
 from tests.litmus.group_child import NUM_RANKS
 
 VICTIM = 1
+LANES = 3  # of each rank
 SURVIVORS = [rank for rank in range(NUM_RANKS) if rank != VICTIM]
 STAGED, IN_AREA = 4, 5  # steps in which every rank has rows at every other one
 DIED, DONE = f"died {STAGED} expert-{VICTIM}", f"done {STAGED}"
@@ -29,6 +34,7 @@ DISPATCH_POINTS = {
     "rung": (DIED, DIED),
     "published:2": (DIED, DIED),
     "rung:2": (DIED, DIED),
+    "looked": (DIED, DIED),
     "counted": (DIED, DIED),
     "pulled": (DIED, DIED),
     "answering": (DIED, DIED),
@@ -39,7 +45,7 @@ DISPATCH_POINTS = {
     "rung:4": (DONE, DONE),
     "answered": (DONE, DONE),
 }
-ALLTOALL_POINTS = ["staged", "cell-begun", "published", "rung", "rung:2", "counted", "pulled"]
+ALLTOALL_POINTS = ["staged", "cell-begun", "published", "rung", "rung:2", "looked", "counted", "pulled"]
 Spawn = Callable[..., Any]
 
 
@@ -124,3 +130,24 @@ def test_the_survivors_of_an_all_to_all_have_all_or_name_who_is_missing(
     else:
         assert (first, second) == (done, done)
     group.go_on()
+
+
+def test_a_rank_that_is_overtaken_while_it_looks_has_its_exchange(
+    spawn: Spawn, pod: str, faulty_build: Path
+) -> None:
+    """It stops between two lanes: the event that it awaits and the next one are published behind its back."""
+    group = Group(spawn, pod, "alltoall", build=faulty_build)
+    group.run(2, 3)
+    slow, *others = group.children
+    slow.say("arm looked~")
+    slow.say(f"run {STAGED} {STAGED + 1}")
+    assert slow.line() == "fault looked"
+    for child in others:
+        child.say(f"run {STAGED} {STAGED + 1}")
+    segment = Segment.attach(segment_name(pod, "expert", 0, 1))
+    cell, later = segment.cell_offset(LANES * VICTIM + 1), Event(STAGED + 1, 0).pack()
+    eventually(lambda: _native.load_u64(segment.buf, cell + 8) == later, timeout_s=20, what="the later event")
+    segment.close()
+    slow.process.send_signal(signal.SIGCONT)
+    assert [child.line() for child in group.children] == [f"done {STAGED + 1}"] * NUM_RANKS
+    group.finish()
