@@ -41,15 +41,13 @@ from bus.control.messages import (
     SampledToken,
     StepCompleted,
     StepFailed,
-    StepPlan,
 )
 from services.batching.admission import Refusal, length_refusal, refusal, vocabulary_refusal
 from services.batching.answers import complaint
 from services.batching.batch import Batcher, ScheduledRequest
-from services.batching.executor import Executor, OutstandingStep
 from services.batching.remote import FAILURES_MAX, RemotePrefill
 from services.batching.request import AWAY, FINISHED, Request, RequestStatus
-from services.cache.blocks import BlockPool
+from services.batching.stepper import NUMBERS_PER_INCARNATION, Stepper
 from services.scheduler import replies
 from services.scheduler.events import (
     Event,
@@ -67,8 +65,6 @@ from services.scheduler.events import (
 )
 from services.scheduler.settings import CoreSettings, Counters
 
-NUMBERS_PER_INCARNATION = 1 << 20
-
 
 class SchedulerCore:
     """See the module's docstring. `handle` is the only way to change it."""
@@ -77,21 +73,25 @@ class SchedulerCore:
         self.settings = settings
         self.counters = Counters()
         self.requests: dict[str, Request] = {}
-        self.executor = Executor(now_ns=now_ns)
         self.batch = Batcher(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,
             kv_identity=settings.kv_identity,
         )
-        # Numbers of tasks and steps that no earlier incarnation has used: an executor may still be busy for that one
-        # when it connects to us, and answer it.
-        first_number = settings.incarnation * NUMBERS_PER_INCARNATION + 1
         self.remote = RemotePrefill(
-            self.batch, tokens_min=settings.prefill_tokens_min, first_task_id=first_number
+            self.batch,
+            tokens_min=settings.prefill_tokens_min,
+            first_task_id=settings.incarnation * NUMBERS_PER_INCARNATION + 1,
         )
+        self._stepper = Stepper(
+            self.batch,
+            incarnation=settings.incarnation,
+            step_timeout_ns=settings.step_timeout_ns,
+            now_ns=now_ns,
+        )
+        self.executor = self._stepper.executor
         self._limits = settings.limits
-        self._next_step_id = first_number
         self._instructions: list[Instruction] = []
 
     def handle(self, *events: Event, now_ns: int) -> list[Instruction]:
@@ -127,6 +127,7 @@ class SchedulerCore:
             "prefix_cache_queries": self.batch.prefix_cache_queries,
             "prefix_cache_hits": self.batch.prefix_cache_hits,
             "num_preemptions": self.batch.num_preemptions,
+            "num_scheduled_tokens": self._stepper.num_scheduled_tokens,
             **self.counters.as_dict(),
         }
 
@@ -233,11 +234,10 @@ class SchedulerCore:
             return
         if self.executor.connected is not None:
             self._lose(self.executor.connected.incarnation, dead=True, is_suspicious=True, now_ns=now_ns)
-        self.executor.connect(ready)
+        self._stepper.connect(ready)
         for fetch_id in self.remote.stale:
             self._cancel_fetch(fetch_id)  # unknown to a new incarnation, which does not mind
         self.remote.stale = []
-        self.batch.attach(BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens))
         self._limits = self.settings.limits.narrowed_by(ready)
         for request in list(self.requests.values()):
             self._check_limits(request)
@@ -257,13 +257,12 @@ class SchedulerCore:
         connected = self.executor.connected
         if connected is None or connected.incarnation > incarnation:
             return
-        step = self.executor.disconnect(may_return=not dead, now_ns=now_ns)
         self.counters.num_executors_lost += 1
         for task_id in self.remote.transferring:
             self._abort_prefill(task_id)
         self.remote.executor_lost()
-        self.batch.detach()
-        for scheduled in step.scheduled if step is not None and is_suspicious else ():
+        step = self._stepper.disconnect(may_return=not dead, now_ns=now_ns)
+        for scheduled in step if is_suspicious else ():
             self._count_loss(scheduled.request)
 
     def _count_loss(self, request: Request) -> None:
@@ -275,9 +274,9 @@ class SchedulerCore:
             self._fail(request, "executor_lost", text, retryable=False)
 
     def _check_deadlines(self, now_ns: int) -> None:
-        connected, step = self.executor.connected, self.executor.step
+        connected = self.executor.connected
         if connected is not None:
-            if step is not None and now_ns >= step.deadline_ns:
+            if self._stepper.is_overdue(now_ns):
                 self._lose(connected.incarnation, dead=False, is_suspicious=True, now_ns=now_ns)
             return
         for request in list(self.requests.values()):
@@ -389,31 +388,19 @@ class SchedulerCore:
     # ---------------------------------------------------------------- steps
 
     def _start_step(self, now_ns: int) -> None:
-        if self.executor.connected is None or self.executor.step is not None:
-            return
-        scheduled = self.batch.schedule()
-        if not scheduled:
-            return
-        plan = StepPlan(
-            step_id=self._next_step_id,
-            scheduler_incarnation=self.settings.incarnation,
-            sequences=tuple(one.planned() for one in scheduled),
-        )
-        self._next_step_id += 1
-        self.executor.step = OutstandingStep(plan.step_id, now_ns + self.settings.step_timeout_ns, scheduled)
-        self.counters.num_scheduled_tokens += sum(one.num_tokens for one in scheduled)
-        self._instructions.append(SendPlan(self.executor.connected.incarnation, plan))
+        plan = self._stepper.start_step(now_ns)
+        if plan is not None and self.executor.connected is not None:
+            self._instructions.append(SendPlan(self.executor.connected.incarnation, plan))
 
     def _take_step(self, result: StepCompleted | StepFailed, now_ns: int) -> list[ScheduledRequest]:
         """Return what `result` answers that still runs; then the step is over and its retired blocks free."""
         if self.executor.is_back(result) and self.executor.stalled is not None:
             self._connect(self.executor.stalled, now_ns)
-        step = self.executor.take_step(result)
-        if step is None:
+        scheduled = self._stepper.take_step(result)
+        if scheduled is None:
             self.counters.num_ignored_results += 1
             return []
-        self.batch.release_retired()
-        return [one for one in step.scheduled if one.request.status is RequestStatus.RUNNING]
+        return [one for one in scheduled if one.request.status is RequestStatus.RUNNING]
 
     def _complete_step(self, result: StepCompleted, now_ns: int) -> None:
         sampled_by_id = {sampled.request_id: sampled for sampled in result.sampled}

@@ -16,14 +16,9 @@ If the attention worker dies or stalls: its requests wait and are computed again
 a gateway dies, or cannot be reached: its requests end. If an expert worker dies: the attention worker copes.
 If the prefill leader dies: what it had is computed here, or by its next incarnation. If the manager dies: nothing here
 changes. If this process dies: the gateways dispatch its requests again.
-
-Three tasks: `_listen` turns messages into events, `_decide` feeds all events that have come together to the
-core and does what it says, `_watch` looks at locks and time.
 """
 
 from __future__ import annotations
-
-import asyncio
 
 import structlog
 
@@ -42,9 +37,10 @@ from bus.control.messages import (
     StepCompleted,
     StepFailed,
 )
-from bus.control.sockets import QueueFull, Router
+from bus.control.sockets import Router
 from bus.errors import ConfigError, ProtocolError
 from services.batching.admission import Limits
+from services.core_process import CoreProcess
 from services.peers import Peer, has_ended
 from services.scheduler.core import SchedulerCore
 from services.scheduler.events import (
@@ -64,8 +60,6 @@ from services.scheduler.events import (
 from services.scheduler.leader import PrefillLeader
 from services.scheduler.settings import CoreSettings
 
-IDLE_WATCH_FACTOR = 4  # how much rarer an idle scheduler looks at locks
-EVENTS_MAX = 256  # events that wait for the core; then it gets its turn
 RECONNECT_NS = NS_PER_S  # how long to leave a living attention worker alone that could not be reached
 
 _FROM_PEERS = AddRequest | AbortRequest | ExecutorReady | StepCompleted | StepFailed | KvFetched
@@ -93,26 +87,20 @@ def core_settings(config: PodConfig, incarnation: int) -> CoreSettings:
     )
 
 
-class SchedulerProcess:
+class SchedulerProcess(CoreProcess[Event]):
     """Sockets, locks and clock around a `SchedulerCore`. Event loop only."""
 
     def __init__(self, config: PodConfig, member: Member, router: Router) -> None:
+        super().__init__(config, router)
         self.core = SchedulerCore(core_settings(config, member.incarnation), now_ns=now_ns())
-        self.num_refused = 0
-        self._config = config
         self._index = member.index
-        self._router = router
-        self._events: list[Event] = []
-        self._has_events = asyncio.Event()
         self._leader = PrefillLeader(member.identity, self.post)
         self._reconnect_at_ns = 0  # 0 = nothing to reconnect
 
-    async def run(self) -> None:
-        """Serve until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen())
-            group.create_task(self._decide())
-            group.create_task(self._watch())
+    @property
+    def is_idle(self) -> bool:
+        """See `CoreProcess`."""
+        return self.core.is_idle
 
     def take_pod_map(self, pod_map: PodMap) -> None:
         """Look at whoever the change may concern."""
@@ -125,31 +113,12 @@ class SchedulerProcess:
 
     def counters(self) -> dict[str, int]:
         """Return what the heartbeat carries."""
-        return {**self.core.snapshot(), "num_refused_messages": self.num_refused + self._router.num_refused}
+        return {**self.core.snapshot(), "num_refused_messages": self.num_refused_messages()}
 
     # ---------------------------------------------------------------- events
 
-    def post(self, event: Event) -> None:
-        """Have the core hear of `event` soon, together with everything else that has come by then."""
-        self._events.append(event)
-        self._has_events.set()
-
-    async def _listen(self) -> None:
-        while True:
-            # Does not yield while messages are there, so those that came together share a step.
-            identity, message = await self._router.recv()
-            peer = Peer.parse(identity)
-            event = self._event(peer, message) if peer is not None else None
-            if event is None:
-                self.num_refused += 1
-                log.warning("message refused", peer=repr(identity), message=type(message).__name__)
-                continue
-            self.post(event)
-            if len(self._events) >= EVENTS_MAX:
-                await asyncio.sleep(0)
-
-    def _event(self, peer: Peer, message: Message) -> Event | None:
-        """Return what the message means, None when this peer may not say it."""
+    def event_of(self, peer: Peer, message: Message) -> Event | None:
+        """See `CoreProcess`."""
         if isinstance(message, AddRequest | AbortRequest):
             return FromGateway(str(peer), message) if peer.service == "gateway" else None
         if (peer.service, peer.index) != ("attention", self._index):
@@ -165,27 +134,21 @@ class SchedulerProcess:
                 return message
         return None
 
-    async def _decide(self) -> None:
-        while True:
-            await self._has_events.wait()
-            self._has_events.clear()
-            events, self._events = self._events, []
-            was_idle, connected = self.core.is_idle, self.core.executor.connected
-            instructions = self.core.handle(*events, now_ns=now_ns())
-            self._log_changes(events, connected)
-            for instruction in instructions:
-                self._perform(instruction)
-            if self.core.is_idle and not was_idle:
-                self.core.check_invariants()
+    def decide(self, events: list[Event]) -> None:
+        """See `CoreProcess`."""
+        was_idle, connected = self.core.is_idle, self.core.executor.connected
+        instructions = self.core.handle(*events, now_ns=now_ns())
+        self._log_changes(events, connected)
+        for instruction in instructions:
+            self._perform(instruction)
+        if self.core.is_idle and not was_idle:
+            self.core.check_invariants()
 
-    async def _watch(self) -> None:
-        interval_s = self._config.heartbeat.lock_poll_interval_ms / 1000
-        while True:
-            self.look_at_locks()
-            self._reconnect()
-            self.post(Tick())
-            # Idle, nobody waits for a death to be noticed: the pod map tells of it, or the next plan that fails.
-            await asyncio.sleep(interval_s * (IDLE_WATCH_FACTOR if self.core.is_idle else 1))
+    def watch(self) -> None:
+        """See `CoreProcess`."""
+        self.look_at_locks()
+        self._reconnect()
+        self.post(Tick())
 
     def look_at_locks(self) -> None:
         """Post the death of every peer that matters here and whose incarnation has ended."""
@@ -212,7 +175,7 @@ class SchedulerProcess:
         match instruction:
             case SendPlan(incarnation, message) | SendTransfer(incarnation, message):
                 peer = Peer("attention", self._index, incarnation)
-                if not self._send(peer.identity, message):
+                if not self.send(peer.identity, message):
                     self._reconnect_at_ns = now_ns() + RECONNECT_NS
                     self.post(ExecutorLost(incarnation, "it cannot be reached", dead=False))
             case SendToLeader(message):
@@ -230,7 +193,7 @@ class SchedulerProcess:
             finish_reason=getattr(message, "finish_reason", ""),
         )
         try:
-            reached = self._send(gateway.encode(), message)
+            reached = self.send(gateway.encode(), message)
         except ProtocolError as error:
             reached = self._give_up(gateway, message, str(error))
         if not reached:
@@ -242,14 +205,7 @@ class SchedulerProcess:
         log.warning("reply cannot be sent", gateway=gateway, request_id=request_id, reason=reason)
         self.post(FromGateway(gateway, AbortRequest(request_id=request_id, attempt=attempt)))
         failed = RequestFailed(request_id=request_id, attempt=attempt, code="too_large", message=reason)
-        return self._send(gateway.encode(), failed)
-
-    def _send(self, identity: bytes, message: Message) -> bool:
-        try:
-            return self._router.send(identity, message)
-        except QueueFull as error:
-            log.warning("peer does not read", error=str(error))
-            return False
+        return self.send(gateway.encode(), failed)
 
     def _log_changes(self, events: list[Event], before: ExecutorReady | None) -> None:
         after = self.core.executor.connected

@@ -29,7 +29,6 @@ class Counters:
     """Work done since the start; whole numbers that only grow."""
 
     num_steps: int = 0
-    num_scheduled_tokens: int = 0
     num_generated_tokens: int = 0
     num_accepted_requests: int = 0
     num_rejected_requests: int = 0

@@ -34,7 +34,6 @@ class Counters:
     """Work done since the start; whole numbers that only grow."""
 
     num_steps: int = 0
-    num_scheduled_tokens: int = 0
     num_accepted_tasks: int = 0
     num_completed_tasks: int = 0
     num_failed_tasks: int = 0

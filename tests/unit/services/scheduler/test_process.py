@@ -247,7 +247,7 @@ async def test_a_reply_that_cannot_be_sent_ends_the_request(
 async def test_each_peer_may_say_only_what_is_its_own(
     shell: SchedulerProcess, peer: Peer, message: Message, is_heard: bool
 ) -> None:
-    assert (shell._event(peer, message) is not None) == is_heard
+    assert (shell.event_of(peer, message) is not None) == is_heard
 
 
 @pytest.mark.parametrize(
