@@ -8,6 +8,7 @@ it leaves out, in its favour: rows arrive grouped by source, and are not grouped
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -149,8 +150,7 @@ class Rows:
         self._transport, self._shape, self._given = transport, shape, inputs(shape, rank)
         self._factor = expert_factor(rank)
         num_pairs = self._given.topk_idx.size
-        # One for each direction: what was sent without a copy may be read until the next rows have come.
-        self._wire, self._back_wire = _wire(shape), _wire(shape)
+        self._wire = _wire(shape)
         self._order, self._starts = np.empty(num_pairs, np.int32), np.empty(shape.num_experts + 1, np.int32)
         self._position, self._places = np.empty(num_pairs, np.int32), np.arange(num_pairs, dtype=np.int32)
         self._counts = np.zeros((shape.num_ranks, shape.num_local_experts), np.int32)
@@ -159,7 +159,7 @@ class Rows:
         self._out = np.empty((num_pairs, self._wire.row_bytes), np.uint8)
         self._into = np.empty((experts, self._wire.row_bytes), np.uint8)
         self._back = np.empty((num_pairs, self._wire.row_bytes), np.uint8)
-        self._y = np.empty((experts, shape.hidden), np.float32)
+        self._y = np.empty((experts, self._wire.row_bytes), np.uint8)
         self._sum = np.empty(self._given.x.shape, np.float32)
 
     def run(self) -> None:
@@ -176,14 +176,11 @@ class Rows:
         num = sum(received) // wire.row_bytes
         into, y = self._into[:num], self._y[:num]
         self._transport.swap(self._out.reshape(-1), sent, into.reshape(-1), received)
-        np.multiply(wire.unpacked(into), self._factor, out=y)
-        self._transport.swap(self._back_wire.packed(y).reshape(-1), received, self._back.reshape(-1), sent)
+        wire.work(into, self._factor, y)
+        self._transport.swap(y.reshape(-1), received, self._back.reshape(-1), sent)
         self._position[self._order] = self._places
-        rows = wire.unpacked(self._back)
-        tokens = given.x.shape[0]
-        _collectives.weighted_sum(
-            self._sum, rows, self._position, given.topk_weights, tokens, shape.top_k, shape.hidden
-        )
+        sizes = given.x.shape[0], shape.top_k, shape.hidden
+        wire.add(self._sum, self._back, self._position, given.topk_weights, *sizes)
 
     def verify(self) -> None:
         """See `Exchange`."""
@@ -195,15 +192,16 @@ def _wire(shape: Shape) -> Wire:
 
 
 class Wire(Protocol):
-    """How rows travel."""
+    """How rows travel, and what is done with them as they are: [rows, row_bytes] uint8."""
 
     row_bytes: int
+    add: Callable[..., None]  # (out, rows, index, weights, num_rows, top_k, hidden), in top-k order
 
     def packed(self, x: Float32Array) -> Bytes:
-        """Return [rows, row_bytes]; valid until the next call."""
+        """Return the rows of `x`; valid until the next call."""
 
-    def unpacked(self, rows: Bytes) -> Float32Array:
-        """Return [rows, hidden]; valid until the next call."""
+    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
+        """Do the experts' work: multiply every row by `factor` into `y`."""
 
 
 class Float32Wire:
@@ -211,27 +209,26 @@ class Float32Wire:
 
     def __init__(self, shape: Shape) -> None:
         self.row_bytes = 4 * shape.hidden
+        self.add = _collectives.weighted_sum
 
     def packed(self, x: Float32Array) -> Bytes:
         """See `Wire`."""
         return x.view(np.uint8)
 
-    def unpacked(self, rows: Bytes) -> Float32Array:
+    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
         """See `Wire`."""
-        return rows.view(np.float32)
+        np.multiply(rows.view(np.float32), factor, out=y.view(np.float32))
 
 
 class Int8Wire:
-    """[hidden int8 | scale float32], so that a row and its scale are one message."""
+    """[hidden int8 | scale float32], so that a row and its scale are one message; widened only while they are added."""
 
     def __init__(self, shape: Shape) -> None:
         self._hidden, self.row_bytes = shape.hidden, shape.hidden + SCALE_BYTES
-        rows = max(shape.rows_max, shape.batch * shape.top_k)
-        self._q, self._scale = np.empty((rows, shape.hidden), np.int8), np.empty((rows, 1), np.float32)
-        self._rows, self._x = (
-            np.empty((rows, self.row_bytes), np.uint8),
-            np.empty((rows, shape.hidden), np.float32),
-        )
+        self._q = np.empty((shape.batch, shape.hidden), np.int8)
+        self._scale = np.empty((shape.batch, 1), np.float32)
+        self._rows = np.empty((shape.batch, self.row_bytes), np.uint8)
+        self.add = _collectives.weighted_sum_int8
 
     def packed(self, x: Float32Array) -> Bytes:
         """See `Wire`."""
@@ -242,11 +239,8 @@ class Int8Wire:
         rows[:, hidden:] = scale.view(np.uint8)
         return rows
 
-    def unpacked(self, rows: Bytes) -> Float32Array:
-        """See `Wire`."""
-        num, hidden = rows.shape[0], self._hidden
-        q, scale, x = self._q[:num], self._scale[:num], self._x[:num]
-        q.view(np.uint8)[:] = rows[:, :hidden]
-        scale.view(np.uint8)[:] = rows[:, hidden:]
-        _collectives.dequantise(x, q, scale, num, hidden)
-        return x
+    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
+        """See `Wire`. A row is multiplied by multiplying its scale, but its bytes pass through as a product's would."""
+        np.copyto(y, rows)
+        scales = y[:, self._hidden :].view(np.float32)
+        np.multiply(scales, factor, out=scales)

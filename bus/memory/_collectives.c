@@ -169,6 +169,49 @@ weighted_sum(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     return give_back(&all, Py_NewRef(Py_None));
 }
 
+/* The same of rows [width int8 | scale float32], dequantised as they are added. */
+static PyObject *
+weighted_sum_int8(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t num, top_k, width;
+    if (check_count("weighted_sum_int8", nargs, 7) < 0 || parse_index(args[4], "num_rows", 1 << 24, &num) < 0 ||
+        parse_index(args[5], "top_k", TOP_K_MAX + 1, &top_k) < 0 ||
+        parse_index(args[6], "hidden", 1 << 20, &width) < 0) {
+        return NULL;
+    }
+    buffers_t all = {.num = 0};
+    float *out = take_buffer(&all, args[0], "out", num * width * 4, PyBUF_WRITABLE);
+    const int8_t *src = out ? take_buffer(&all, args[1], "src", 0, PyBUF_SIMPLE) : NULL;
+    const int32_t *index = src ? take_buffer(&all, args[2], "index", num * top_k * 4, PyBUF_SIMPLE) : NULL;
+    const float *weights = index ? take_buffer(&all, args[3], "weights", num * top_k * 4, PyBUF_SIMPLE) : NULL;
+    if (weights == NULL) {
+        return give_back(&all, NULL);
+    }
+    Py_ssize_t row_bytes = width + 4, limit = all.views[1].len / row_bytes;
+    for (Py_ssize_t i = 0; i < num * top_k; i++) {
+        if (index[i] >= limit) {
+            PyErr_Format(PyExc_IndexError, "index: row %d is outside 0..%zd", (int)index[i], limit - 1);
+            return give_back(&all, NULL);
+        }
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < num; i++) {
+        const int8_t *rows[TOP_K_MAX];
+        float factors[TOP_K_MAX], scales[TOP_K_MAX];
+        int used = 0;
+        for (Py_ssize_t k = i * top_k; k < (i + 1) * top_k; k++) {
+            if (index[k] >= 0) {
+                rows[used] = src + (Py_ssize_t)index[k] * row_bytes;
+                memcpy(&scales[used], rows[used] + width, sizeof *scales);
+                factors[used++] = weights[k];
+            }
+        }
+        add_slots_int8(out + i * width, rows, scales, factors, used, width);
+    }
+    Py_END_ALLOW_THREADS
+    return give_back(&all, Py_NewRef(Py_None));
+}
+
 static PyObject *
 quantise(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -265,6 +308,7 @@ static PyMethodDef methods[] = {
     ENTRY(scatter_rows, "scatter_rows(dst, index, src, row_bytes): dst[index[i]] = src[i]."),
     ENTRY(gather_rows, "gather_rows(dst, index, src, row_bytes): dst[i] = src[index[i]]."),
     ENTRY(weighted_sum, "weighted_sum(out, src, index, weights, num_rows, top_k, hidden)."),
+    ENTRY(weighted_sum_int8, "weighted_sum_int8(out, src, index, weights, num_rows, top_k, hidden)."),
     ENTRY(quantise, "quantise(dst, scale, src, num_rows, hidden)."),
     ENTRY(dequantise, "dequantise(dst, src, scale, num_rows, hidden)."),
     {NULL, NULL, 0, NULL},

@@ -55,6 +55,10 @@ check_sizes(Exchange *self, Py_ssize_t num_ranks)
     self->num_experts = num_ranks * self->num_local;
     self->pairs_max = num_ranks * self->max_tokens * self->top_k;
     self->row_bytes = self->int8 ? self->hidden : 4 * self->hidden;
+    if (self->delivers_int8 && !self->int8) {
+        PyErr_SetString(PyExc_ValueError, "shape: only INT8 transport can deliver INT8 rows");
+        return -1;
+    }
     return check_layout(self);
 }
 
@@ -97,10 +101,10 @@ Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_TypeError, "Exchange: takes no keyword arguments");
         return -1;
     }
-    if (!PyArg_ParseTuple(args, "(nnnnnnnp)(nnnnnnnn)LL", &rank, &num_ranks, &self->max_tokens, &self->top_k,
-                          &self->hidden, &self->num_local, &self->num_microbatches, &self->int8, &self->block_bytes,
-                          &self->x_at, &self->x_scale_at, &self->starts_at, &self->pair_row_at, &self->y_start_at,
-                          &self->y_scale_at, &self->y_at, &yield_ns, &poll_ns)) {
+    if (!PyArg_ParseTuple(args, "(nnnnnnnpp)(nnnnnnnn)LL", &rank, &num_ranks, &self->max_tokens, &self->top_k,
+                          &self->hidden, &self->num_local, &self->num_microbatches, &self->int8, &self->delivers_int8,
+                          &self->block_bytes, &self->x_at, &self->x_scale_at, &self->starts_at, &self->pair_row_at,
+                          &self->y_start_at, &self->y_scale_at, &self->y_at, &yield_ns, &poll_ns)) {
         return -1;
     }
     self->poll_ns = poll_ns;
@@ -120,11 +124,20 @@ Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
 }
 
 static void
-drop_batch(batch_t *batch)
+unbind(batch_t *batch)
 {
     if (batch->rows.obj != NULL) {
         PyBuffer_Release(&batch->rows);
     }
+    if (batch->scales.obj != NULL) {
+        PyBuffer_Release(&batch->scales);
+    }
+}
+
+static void
+drop_batch(batch_t *batch)
+{
+    unbind(batch);
     PyMem_Free(batch->topk);
     PyMem_Free(batch->position);
     PyMem_Free(batch->starts);
@@ -160,29 +173,34 @@ Exchange_drop_peer(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     return group_drop_peer(&self->group, args, nargs);
 }
 
+/* bind(microbatch, rows, scales): where dispatch puts what it receives; scales is None unless INT8 is delivered. */
 static PyObject *
 Exchange_bind(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t microbatch;
-    if (group_enter(&self->group, "bind", nargs, 2, 0) < 0 ||
+    if (group_enter(&self->group, "bind", nargs, 3, 0) < 0 ||
         parse_index(args[0], "microbatch", self->num_microbatches, &microbatch) < 0) {
         return NULL;
     }
-    Py_buffer rows;
-    if (open_buffer(args[1], "rows", self->pairs_max * self->hidden * 4, PyBUF_WRITABLE, &rows) == NULL) {
+    Py_ssize_t num_values = self->pairs_max * self->hidden;
+    Py_buffer rows, scales = {0};
+    if (open_buffer(args[1], "rows", self->delivers_int8 ? num_values : 4 * num_values, PyBUF_WRITABLE, &rows) == NULL) {
+        return NULL;
+    }
+    if (self->delivers_int8 && open_buffer(args[2], "scales", 4 * self->pairs_max, PyBUF_WRITABLE, &scales) == NULL) {
+        PyBuffer_Release(&rows);
         return NULL;
     }
     batch_t *batch = &self->batches[microbatch];
-    if (batch->rows.obj != NULL) {
-        PyBuffer_Release(&batch->rows);
-    }
+    unbind(batch);
     batch->rows = rows;
+    batch->scales = scales;
     Py_RETURN_NONE;
 }
 
 /* ---------------------------------------------------------------- arguments */
 
-/* Export a C-contiguous matrix of 4-byte `format` with `width` columns; 0, or -1 without an exception. */
+/* Export a C-contiguous matrix of `format` ('f', 'i' or 'b') with `width` columns; 0, or -1 without an exception. */
 static int
 open_rows(PyObject *object, char format, Py_ssize_t width, int flags, Py_buffer *view)
 {
@@ -190,8 +208,10 @@ open_rows(PyObject *object, char format, Py_ssize_t width, int flags, Py_buffer 
         PyErr_Clear();
         return -1;
     }
-    if (view->ndim == 2 && view->shape[1] == width && view->itemsize == 4 && ((uintptr_t)view->buf & 3) == 0 &&
-        view->format != NULL && view->format[0] == format && view->format[1] == '\0') {
+    Py_ssize_t itemsize = format == 'b' ? 1 : 4;
+    if (view->ndim == 2 && view->shape[1] == width && view->itemsize == itemsize &&
+        ((uintptr_t)view->buf & (uintptr_t)(itemsize - 1)) == 0 && view->format != NULL &&
+        view->format[0] == format && view->format[1] == '\0') {
         return 0;
     }
     PyBuffer_Release(view);
@@ -423,7 +443,9 @@ answer(Exchange *self, Py_ssize_t microbatch, const float *y)
     batch_t *batch = &self->batches[microbatch];
     group_t *group = &self->group;
     char *block = block_of(self, group->rank, microbatch);
-    exchange_put_rows(self, block + self->y_at, (float *)(block + self->y_scale_at), y, batch->num_pairs);
+    if (!self->delivers_int8) { /* else the caller has filled rows and scales in place */
+        exchange_put_rows(self, block + self->y_at, (float *)(block + self->y_scale_at), y, batch->num_pairs);
+    }
     FAULT("answering");
     for (Py_ssize_t i = 1; i < group->num_ranks; i++) {
         Py_ssize_t r = group_other(group, i);
@@ -455,6 +477,21 @@ reduce(Exchange *self, Py_ssize_t microbatch, const float *weights, float *out, 
     return status;
 }
 
+/* Export y: float32 rows from anywhere, or, where INT8 is delivered, the block's own rows. 0, or -1 without an exception. */
+static int
+open_answer(const Exchange *self, Py_ssize_t microbatch, PyObject *object, Py_buffer *y)
+{
+    if (open_rows(object, self->delivers_int8 ? 'b' : 'f', self->hidden, 0, y) < 0) {
+        return -1;
+    }
+    /* An empty array may have any address. */
+    if (self->delivers_int8 && y->shape[0] > 0 && y->buf != block_of(self, self->group.rank, microbatch) + self->y_at) {
+        PyBuffer_Release(y);
+        return -1;
+    }
+    return 0;
+}
+
 /* combine(microbatch, event_id, y, weights, out, deadline); y is None to resume. */
 static PyObject *
 Exchange_combine(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
@@ -471,7 +508,7 @@ Exchange_combine(Exchange *self, PyObject *const *args, Py_ssize_t nargs)
     int resumes = args[2] == Py_None;
     Py_buffer y = {0}, weights, out;
     if (batch->event_id != event_id || batch->phase != (resumes ? PHASE_ANSWERED : PHASE_PULLED) ||
-        (!resumes && open_rows(args[2], 'f', self->hidden, 0, &y) < 0)) {
+        (!resumes && open_answer(self, microbatch, args[2], &y) < 0)) {
         return PyLong_FromSsize_t(STATUS_REFUSED);
     }
     if ((resumes || y.shape[0] == batch->num_pairs) && open_rows(args[3], 'f', self->top_k, 0, &weights) == 0) {
@@ -568,7 +605,7 @@ Exchange_stats(Exchange *self, PyObject *unused)
 static PyMethodDef exchange_methods[] = {
     METHOD(set_peer, "set_peer(rank, buf, incarnation, cells_offset, managed_offset)."),
     METHOD(drop_peer, "drop_peer(rank)."),
-    METHOD(bind, "bind(microbatch, rows): where dispatch puts what it receives."),
+    METHOD(bind, "bind(microbatch, rows, scales): where dispatch puts what it receives."),
     METHOD(dispatch, "dispatch(event, x, topk_idx, deadline_ns) -> rows received, or a status."),
     METHOD(stage, "stage(event, x, topk_idx) -> 0 or a status: the first step of dispatch."),
     METHOD(announce, "announce(microbatch): the second step: counts to every other rank."),
@@ -587,8 +624,8 @@ static PyGetSetDef exchange_getset[] = {
 };
 
 static PyType_Slot exchange_slots[] = {
-    {Py_tp_doc, "Exchange((rank, ranks, tokens, top_k, hidden, local experts, microbatches, int8), offsets, yield_ns, "
-                "poll_ns)."},
+    {Py_tp_doc, "Exchange((rank, ranks, tokens, top_k, hidden, local experts, microbatches, int8, delivers_int8), offsets, "
+                "yield_ns, poll_ns)."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, Exchange_init},
     {Py_tp_dealloc, Exchange_dealloc},

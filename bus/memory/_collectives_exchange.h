@@ -16,7 +16,8 @@ enum { PHASE_NONE, PHASE_STAGED, PHASE_COUNTED, PHASE_PULLED, PHASE_ANSWERED };
 enum { STATUS_REFUSED = -1, STATUS_WAITING = -2, STATUS_MOVED_ON = -3, STATUS_CORRUPT = -4 };
 
 typedef struct {
-    Py_buffer rows; /* result rows, [pairs_max, hidden] float32; rows.obj == NULL: not bound */
+    Py_buffer rows;   /* result rows, [pairs_max, hidden] float32 or int8; rows.obj == NULL: not bound */
+    Py_buffer scales; /* [pairs_max] float32, bound where INT8 rows are delivered as they come */
     uint64_t event_id;
     Py_ssize_t num_tokens, num_pairs;
     uint64_t num_sent; /* dispatches so far: their parity picks the lane */
@@ -35,7 +36,7 @@ typedef struct {
     int32_t *scratch;  /* [num_ranks, num_local + 1] */
     int32_t *row_at;   /* [num_ranks, num_local] where the next row of a source and expert goes */
     Py_ssize_t max_tokens, top_k, hidden, num_local, num_experts, num_microbatches, pairs_max, row_bytes;
-    int int8;
+    int int8, delivers_int8;
     Py_ssize_t block_bytes, x_at, x_scale_at, starts_at, pair_row_at, y_start_at, y_scale_at, y_at;
     int64_t poll_ns;
     Py_ssize_t culprit; /* the rank that a status is about */

@@ -49,7 +49,7 @@ exchange_put_rows(const Exchange *self, char *rows, float *scales, const float *
             scales[i] = quantise_row((int8_t *)rows + i * self->hidden, src + i * self->hidden, self->hidden);
         }
     }
-    else if ((const char *)src != rows) {
+    else if ((const char *)src != rows) { /* else it was written in place */
         copy_bytes(rows, (const char *)src, num_rows * self->row_bytes);
     }
 }
@@ -124,20 +124,24 @@ pull_rank(const Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch)
     const int32_t *pair_row = (const int32_t *)(block + self->pair_row_at);
     const float *scales = (const float *)(block + self->x_scale_at);
     uint64_t num_rows = batch->found[2 * rank + 1];
+    Py_ssize_t out_bytes = self->delivers_int8 ? self->row_bytes : 4 * self->hidden;
     for (Py_ssize_t e = 0; e < self->num_local; e++) {
         const int32_t *starts = self->scratch + rank * (self->num_local + 1) + e;
-        float *out = (float *)batch->rows.buf + self->row_at[rank * self->num_local + e] * self->hidden;
-        for (int32_t p = starts[0]; p < starts[1]; p++, out += self->hidden) {
+        Py_ssize_t place = self->row_at[rank * self->num_local + e];
+        char *out = (char *)batch->rows.buf + place * out_bytes;
+        for (int32_t p = starts[0]; p < starts[1]; p++, place++, out += out_bytes) {
             int32_t row = load_count(&pair_row[p]);
             if (row < 0 || (uint64_t)row >= num_rows) {
                 return -1;
             }
             const char *src = block + self->x_at + row * self->row_bytes;
-            if (self->int8) {
-                dequantise_row(out, (const int8_t *)src, scales[row], self->hidden);
+            if (self->int8 && !self->delivers_int8) {
+                dequantise_row((float *)out, (const int8_t *)src, scales[row], self->hidden);
+                continue;
             }
-            else {
-                copy_bytes((char *)out, src, self->row_bytes);
+            copy_bytes(out, src, self->row_bytes);
+            if (self->delivers_int8) {
+                ((float *)batch->scales.buf)[place] = scales[row];
             }
         }
     }

@@ -56,11 +56,15 @@ check_parts(const geometry_t *g)
 int
 parse_geometry(PyObject *tuple, geometry_t *g)
 {
-    if (!PyArg_ParseTuple(tuple, "nnnnnnnpnnnnnnnnnnnn", &g->rank, &g->num_attention, &g->num_experts, &g->rows_max,
+    if (!PyArg_ParseTuple(tuple, "nnnnnnnpnnnnnnnnnnnnp", &g->rank, &g->num_attention, &g->num_experts, &g->rows_max,
                           &g->num_slots, &g->hidden, &g->num_microbatches, &g->int8, &g->domain_ranks,
                           &g->domain_seats, &g->num_seats, &g->source_bytes, &g->x_scale_at, &g->starts_at,
                           &g->pair_row_at, &g->pair_expert_at, &g->result_bytes, &g->y_scale_at, &g->seat_sources_at,
-                          &g->seat_results_at)) {
+                          &g->seat_results_at, &g->delivers_int8)) {
+        return -1;
+    }
+    if (g->delivers_int8 && !g->int8) {
+        PyErr_SetString(PyExc_ValueError, "shape: only INT8 transport can deliver INT8 rows");
         return -1;
     }
     return check_sizes(g) < 0 || check_parts(g) < 0 ? -1 : 0;

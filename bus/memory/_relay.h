@@ -22,6 +22,7 @@ typedef struct {
     Py_ssize_t domain_ranks, domain_seats, num_seats;
     Py_ssize_t source_bytes, x_scale_at, starts_at, pair_row_at, pair_expert_at;
     Py_ssize_t result_bytes, y_scale_at, seat_sources_at, seat_results_at;
+    int delivers_int8; /* to the experts, as it travels */
 } geometry_t;
 
 typedef struct {
@@ -50,6 +51,13 @@ static inline Py_ssize_t
 row_bytes(const geometry_t *g)
 {
     return g->int8 ? g->hidden : 4 * g->hidden;
+}
+
+/* Whether rows are INT8 on their way and float32 at the experts. */
+static inline int
+widens(const geometry_t *g)
+{
+    return g->int8 && !g->delivers_int8;
 }
 
 static inline Py_ssize_t

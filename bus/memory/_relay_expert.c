@@ -207,7 +207,7 @@ ExpertEnd_drop_peer(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* set_slot(index, memory, rows, pairs): [pair_row | pair_expert | with INT8: x [rows, hidden] | y [pairs, hidden]]. */
+/* set_slot(index, memory, rows, pairs): [pair_row | pair_expert | what widens: x [rows, hidden] | y [pairs, hidden]]. */
 static PyObject *
 ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -218,7 +218,7 @@ ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
         parse_index(args[3], "pairs", pairs_max(g) + 1, &pairs) < 0) {
         return NULL;
     }
-    Py_ssize_t size = 8 * pairs + (g->int8 ? 4 * (rows + pairs) * g->hidden : 0);
+    Py_ssize_t size = 8 * pairs + (widens(g) ? 4 * (rows + pairs) * g->hidden : 0);
     Py_buffer view;
     if (PyObject_GetBuffer(args[1], &view, PyBUF_WRITABLE) < 0) {
         return NULL;
@@ -330,7 +330,7 @@ open_arrival(ExpertEnd *self, const place_t *place, Py_ssize_t index, const uint
     if (copy_pairs(g, source, slot, (Py_ssize_t)first, (Py_ssize_t)num_rows) < 0) {
         return report(found, BAD_ROWS, index, words, num_rows, 0);
     }
-    if (g->int8) {
+    if (widens(g)) {
         self->busy = 1;
         Py_BEGIN_ALLOW_THREADS
         dequantise_rows(g, source, slot, (Py_ssize_t)num_rows);
@@ -465,7 +465,7 @@ ExpertEnd_commit(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
         self->dropped++; /* given up by its sender, or answered already */
         Py_RETURN_FALSE;
     }
-    if (g->int8) {
+    if (widens(g)) {
         self->busy = 1;
         Py_BEGIN_ALLOW_THREADS
         store_results(self, &place, slot);

@@ -12,7 +12,8 @@ pushes one 32-byte cell with a count to every other rank, zero too, because ever
                6. wait for the ranks that have rows of ours
                7. out[token] = sum of weight * y over the slots 0..top_k-1, in this order, read straight from their y
 
-One copy on the way there, none on the way back. Blocks and cells: bus/xccl/dispatch_layout.py.
+With INT8, 1 quantises, 4 dequantises, 5 quantises y. `dispatch_int8` leaves out the last two: for experts that work on
+INT8 rows and return such. One copy on the way there, none on the way back. Blocks, cells: dispatch_layout.py.
 
 Who may overwrite what: a rank stages anew in a microbatch after its combine, hence after every rank that had rows of it
 answered, hence pulled; a rank that announced nothing to us is not read. It writes y anew after all counts of
@@ -27,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +38,7 @@ from bus.config import XcclConfig
 from bus.errors import Truncated
 from bus.memory import _collectives
 from bus.memory.segment import Segment
-from bus.xccl.dispatch_layout import DispatchHandle, DispatchResult, DispatchShape
+from bus.xccl.dispatch_layout import DispatchHandle, DispatchResult, DispatchShape, Int8DispatchResult
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
@@ -45,17 +47,20 @@ from bus.xccl.members import REFUSED, Members
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
 
-_FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+_FLOAT32, _INT32, _INT8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int8)
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(slots=True)
 class _Microbatch:
-    """A microbatch's rows: what dispatch brings, and what combine takes away."""
+    """A microbatch's rows: what dispatch brings, and what combine takes away. Scales where INT8 is delivered."""
 
-    x: Float32Array
-    y: Float32Array
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    x_scale: Float32Array | None = None
+    y_scale: Float32Array | None = None
 
 
 class Dispatcher:
@@ -87,7 +92,7 @@ class Dispatcher:
         self._segment, self._shape = segment, shape
         sizes = (rank, shape.num_ranks, shape.max_tokens, shape.top_k, shape.hidden, shape.num_local_experts)
         self._native = _collectives.Exchange(
-            (*sizes, shape.num_microbatches, shape.int8),
+            (*sizes, shape.num_microbatches, shape.int8, shape.deliver_int8),
             shape.offsets(),
             settings.spin_us * 1_000 * shape.num_ranks,
             settings.poll_interval_ms * NS_PER_MS,
@@ -99,15 +104,21 @@ class Dispatcher:
 
     def _make_batch(self, microbatch: int) -> _Microbatch:
         shape = self._shape
-        block, y_at = shape.offsets()[0], shape.offsets()[-1]
-        size = (shape.pairs_max, shape.hidden)
-        if shape.int8:
-            y = _page_aligned(size)
+        block, *_, y_scale_at, y_at = shape.offsets()
+        size, at = (shape.pairs_max, shape.hidden), self._segment.layout.managed_offset + microbatch * block
+        if shape.deliver_int8:
+            batch = _Microbatch(
+                x=_page_aligned(size, _INT8),
+                y=self._segment.array(at + y_at, size, np.int8),
+                x_scale=np.zeros(shape.pairs_max, np.float32),
+                y_scale=self._segment.array(at + y_scale_at, (shape.pairs_max,), np.float32),
+            )
+        elif shape.int8:
+            batch = _Microbatch(x=_page_aligned(size, _FLOAT32), y=_page_aligned(size, _FLOAT32))
         else:
-            offset = self._segment.layout.managed_offset + microbatch * block + y_at
-            y = self._segment.array(offset, size, np.float32)
-        batch = _Microbatch(x=_page_aligned(size), y=y)
-        self._native.bind(microbatch, batch.x)
+            y = self._segment.array(at + y_at, size, np.float32)
+            batch = _Microbatch(x=_page_aligned(size, _FLOAT32), y=y)
+        self._native.bind(microbatch, batch.x, batch.x_scale)
         return batch
 
     def input_rows(self, microbatch: int) -> Float32Array:
@@ -148,17 +159,42 @@ class Dispatcher:
         Order: rows keep (source rank, token, slot) order per local expert. Blocks: yes; releases the GIL.
         Source: paper section 3. Twin: `bus.xccl.reference.dispatch_combine`.
         """
+        if self._shape.deliver_int8:
+            raise ValueError("dispatch: the shape says deliver_int8, which dispatch_int8 does")
+        num, counts, handle = self._dispatch(x, topk_idx, event, deadline)
+        batch = self._batches[event.microbatch]
+        return DispatchResult(batch.x[:num], counts, batch.y[:num]), handle
+
+    def dispatch_int8(
+        self, x: Float32Array, topk_idx: Int32Array, *, event: Event, deadline: Deadline
+    ) -> tuple[Int8DispatchResult, DispatchHandle]:
+        """Do what `dispatch` does, and hand out the INT8 rows and their scales as they came.
+
+        For shapes that say `deliver_int8`; else ValueError. The experts fill `y` and `y_scale` of the result, and
+        `combine` takes that `y`: rows are rounded where they are sent and by the experts, nowhere else.
+        Twin: `bus.xccl.reference.dispatch_combine_int8`.
+        """
+        batch = self._batches[event.microbatch] if event.microbatch < len(self._batches) else self._batches[0]
+        if batch.x_scale is None or batch.y_scale is None:
+            raise ValueError("dispatch_int8: the shape does not say deliver_int8")
+        num, counts, handle = self._dispatch(x, topk_idx, event, deadline)
+        rows = (batch.x[:num], batch.x_scale[:num], counts, batch.y[:num], batch.y_scale[:num])
+        return Int8DispatchResult(*rows), handle
+
+    def _dispatch(
+        self, x: Float32Array, topk_idx: Int32Array, event: Event, deadline: Deadline
+    ) -> tuple[int, Int32Array, DispatchHandle]:
+        """Return the number of rows that came, how many of each local expert, and the handle."""
         if not self._members.is_current:
             self._check_input(x, topk_idx, event)
             self._members.connect(event.pack())
         num_pairs = self._native.dispatch(event, x, topk_idx, deadline.at_ns)
         if num_pairs < 0:
             num_pairs = self._dispatch_slowly(num_pairs, x, topk_idx, event, deadline)
-        microbatch = event.microbatch
-        batch, counts = self._batches[microbatch], np.empty(self._shape.num_local_experts, np.int32)
-        self._native.expert_counts(microbatch, counts)
-        result = DispatchResult(batch.x[:num_pairs], counts, batch.y[:num_pairs])
-        return result, DispatchHandle(event, self._native.event_id(microbatch), len(x), num_pairs)
+        counts = np.empty(self._shape.num_local_experts, np.int32)
+        self._native.expert_counts(event.microbatch, counts)
+        event_id = self._native.event_id(event.microbatch)
+        return num_pairs, counts, DispatchHandle(event, event_id, len(x), num_pairs)
 
     def _dispatch_slowly(
         self, status: int, x: Float32Array, topk_idx: Int32Array, event: Event, deadline: Deadline
@@ -215,7 +251,7 @@ class Dispatcher:
 
     def combine(
         self,
-        y: Float32Array,
+        y: Float32Array | Int8Array,
         topk_weights: Float32Array,
         handle: DispatchHandle,
         *,
@@ -225,7 +261,8 @@ class Dispatcher:
         """Return every own token's weighted sum over its slots, after giving the others their rows.
 
         Args:
-            y: [num_pairs, hidden] float32, one row per row of the result's x; its own `y` saves a copy.
+            y: [num_pairs, hidden] float32, one row per row of the result's x; its own `y` saves a copy. After
+            `dispatch_int8` the result's own `y`, int8, filled in place like its `y_scale`.
             topk_weights: [num_tokens, top_k] float32; those of slots without expert are not read.
             handle: of the dispatch; used up.
             deadline: by then every rank that holds rows of ours must have answered.
@@ -257,19 +294,27 @@ class Dispatcher:
         return out
 
     def _refuse_answer(
-        self, y: Float32Array, topk_weights: Float32Array, handle: DispatchHandle, out: Float32Array
+        self,
+        y: Float32Array | Int8Array,
+        topk_weights: Float32Array,
+        handle: DispatchHandle,
+        out: Float32Array,
     ) -> None:
         shape = self._shape
-        for name, array, wanted in (
-            ("y", y, (handle.num_pairs, shape.hidden)),
-            ("topk_weights", topk_weights, (handle.num_tokens, shape.top_k)),
-            ("out", out, (handle.num_tokens, shape.hidden)),
-        ):
-            check_rows(name, array, _FLOAT32)
+        rows: tuple[tuple[str, npt.NDArray[Any], tuple[int, int], np.dtype[Any]], ...] = (
+            ("y", y, (handle.num_pairs, shape.hidden), _INT8 if shape.deliver_int8 else _FLOAT32),
+            ("topk_weights", topk_weights, (handle.num_tokens, shape.top_k), _FLOAT32),
+            ("out", out, (handle.num_tokens, shape.hidden), _FLOAT32),
+        )
+        for name, array, wanted, dtype in rows:
+            check_rows(name, array, dtype)
             if array.shape != wanted:
                 raise ValueError(f"{name}: {list(array.shape)} must be {list(wanted)}")
         if not out.flags.writeable:
             raise ValueError("out: must be writable")
+        own = self._batches[handle.event.microbatch].y
+        if shape.deliver_int8 and y.size and y.ctypes.data != own.ctypes.data:
+            raise ValueError("y: INT8 rows must be those of the dispatch's result, filled in place")
         raise ValueError(f"handle: event {handle.event_id:#x} is not the open exchange of its microbatch")
 
     def _judge(self, status: int, microbatch: int, event_id: int, deadline: Deadline) -> int:
@@ -291,11 +336,11 @@ class Dispatcher:
         self._members.close()
 
 
-def _page_aligned(size: tuple[int, int]) -> Float32Array:
-    """Return zeroed private float32 memory from a page's start on: copies between pages of equal phase are fast."""
-    num_bytes = size[0] * size[1] * 4
+def _page_aligned(size: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return zeroed private memory from a page's start on: copies between pages of equal phase are fast."""
+    num_bytes = size[0] * size[1] * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes)
     if num_bytes >= _HUGE_PAGE_BYTES:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(size)
+    return np.frombuffer(memory, dtype).reshape(size)

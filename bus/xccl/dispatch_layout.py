@@ -31,6 +31,7 @@ from bus.xccl.event import Event
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
 
 NUM_LANES = 3
 
@@ -49,7 +50,14 @@ class DispatchShape:
     hidden: int
     num_local_experts: int
     num_microbatches: int = 1
-    int8: bool = False
+    int8: bool = False  # rows and results travel as INT8 with a scale each
+    deliver_int8: bool = (
+        False  # and are handed to and taken from the experts so; the same bytes in shared memory
+    )
+
+    def __post_init__(self) -> None:
+        if self.deliver_int8 and not self.int8:
+            raise ValueError("deliver_int8: True needs int8=True")
 
     @property
     def num_experts(self) -> int:
@@ -105,6 +113,24 @@ class DispatchResult:
     x: Float32Array
     expert_counts: Int32Array
     y: Float32Array
+
+
+@dataclass(slots=True)
+class Int8DispatchResult:
+    """What reached a rank, INT8 as it came: a value is float32(x) * x_scale of its row.
+
+    x: [num_pairs, hidden] int8, x_scale: [num_pairs] float32, own memory, valid and ordered as in `DispatchResult`. A
+    row whose scale is NaN was not finite at its source. expert_counts: [num_local_experts] int32.
+    y: [num_pairs, hidden] int8, y_scale: [num_pairs] float32: to be filled, row by row. They lie in shared memory and
+    are what the others add, without another rounding; after `combine` they may not be touched until the next dispatch
+    of this microbatch has returned.
+    """
+
+    x: Int8Array
+    x_scale: Float32Array
+    expert_counts: Int32Array
+    y: Int8Array
+    y_scale: Float32Array
 
 
 @dataclass(slots=True)

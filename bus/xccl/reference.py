@@ -16,6 +16,7 @@ from bus.xccl.p2p import check_out
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
 
 
 def exchange(
@@ -45,6 +46,28 @@ def exchange(
             if slot_rank[row, slot] >= 0:
                 y = product(int(slot_expert[row, slot]), sent[row : row + 1])
                 out[row, slot] = transport(y, int8=int8)[0]
+    return out
+
+
+def exchange_int8(
+    x: Float32Array,
+    slot_rank: Int32Array,
+    slot_expert: Int32Array,
+    product: Callable[[int, Int8Array, Float32Array], tuple[Int8Array, Float32Array]],
+) -> Float32Array:
+    """Return what `exchange` returns where INT8 is delivered (twin of `poll_int8`).
+
+    product: (expert, q [1, hidden] int8, scale [1] float32) -> the same of its result; no other rounding takes place.
+    """
+    num_rows, num_slots = slot_rank.shape
+    out = np.zeros((num_rows, num_slots, x.shape[1]), np.float32)
+    q, scale = quantise_rows(x)
+    for row in range(num_rows):
+        for slot in range(num_slots):
+            if slot_rank[row, slot] >= 0:
+                part = slice(row, row + 1)
+                y, y_scale = product(int(slot_expert[row, slot]), q[part], scale[part])
+                out[row, slot] = y[0].astype(np.float32) * y_scale[0]
     return out
 
 
@@ -124,6 +147,46 @@ def dispatch_combine(
                 if idx[token, slot] >= 0:
                     y = transport(product(int(idx[token, slot]), sent[token : token + 1]), int8=int8)[0]
                     out[token] = out[token] + weights[token, slot] * y
+        outs.append(out)
+    return outs
+
+
+def dispatch_rows_int8(
+    xs: Sequence[Float32Array], topk_idx: Sequence[Int32Array], num_local_experts: int
+) -> list[tuple[Int8Array, Float32Array, Int32Array]]:
+    """Return (x, x_scale, expert_counts) that each rank's `dispatch_int8` must yield; see `dispatch_rows`."""
+    results = []
+    sent = [quantise_rows(x) for x in xs]
+    # What is routed are the numbers of the rows in the order of ranks: a row testifies by its number whose it is.
+    first = np.cumsum([0, *map(len, xs)])
+    numbers = [first[r] + np.arange(len(x), dtype=np.float32)[:, None] for r, x in enumerate(xs)]
+    q, scale = np.concatenate([q for q, _ in sent]), np.concatenate([scale for _, scale in sent])
+    for places, counts in dispatch_rows([n.astype(np.float32) for n in numbers], topk_idx, num_local_experts):
+        rows = places[:, 0].astype(np.int64)
+        results.append((q[rows], scale[rows], counts))
+    return results
+
+
+def dispatch_combine_int8(
+    xs: Sequence[Float32Array],
+    topk_idx: Sequence[Int32Array],
+    topk_weights: Sequence[Float32Array],
+    product: Callable[[int, Int8Array, Float32Array], tuple[Int8Array, Float32Array]],
+) -> list[Float32Array]:
+    """Return what each rank's `combine` after `dispatch_int8` must yield; arguments: `dispatch_combine`.
+
+    product: (expert, q [1, hidden] int8, scale [1] float32) -> the same of its result; no other rounding takes place.
+    """
+    outs = []
+    for x, idx, weights in zip(xs, topk_idx, topk_weights, strict=True):
+        out = np.zeros(x.shape, np.float32)
+        q, scale = quantise_rows(x)
+        for token in range(x.shape[0]):
+            for slot in range(idx.shape[1]):
+                if idx[token, slot] >= 0:
+                    row = slice(token, token + 1)
+                    y, y_scale = product(int(idx[token, slot]), q[row], scale[row])
+                    out[token] = out[token] + weights[token, slot] * (y[0].astype(np.float32) * y_scale[0])
         outs.append(out)
     return outs
 

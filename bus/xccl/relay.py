@@ -17,10 +17,12 @@ section 4. Twin: `bus.xccl.reference.exchange`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from bus.clock import NS_PER_MS, now_ns
 from bus.config import XcclConfig
@@ -34,6 +36,7 @@ from bus.xccl.relay_layout import (
     CellKind,
     CellPlace,
     Float32Array,
+    Int8Array,
     Int32Array,
     RelayShape,
     burst_ns,
@@ -43,6 +46,7 @@ from bus.xccl.relay_layout import (
 _INCARNATION_MASK = (1 << 64 - COUNTER_BITS) - 1
 
 OnCorrupt = Callable[[SegmentCorrupt], None]
+_Entry: TypeAlias = tuple[int, int, int, int, int]  # cell, stamp, event id, rows, pairs
 
 
 def incarnation_order(word: int, known: int) -> int:
@@ -91,19 +95,48 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class _Views:
-    """Full-size arrays of the arrivals of one cell."""
+class Int8Arrival:
+    """Work that reached an expert rank, INT8 as it came: fill `y` and `y_scale`, then `commit`.
+
+    x: [num_rows, hidden] int8, x_scale: [num_rows] float32, read in place from the sender's segment: a value is
+    float32(x) * x_scale of its row; NaN says that the row was not finite. y: [num_pairs, hidden] int8, y_scale:
+    [num_pairs] float32, to be filled: what the attention rank adds, without another rounding. The rest is as in
+    `Arrival`.
+    """
 
     peer: int
-    x: Float32Array
+    event_id: int
+    x: Int8Array
+    x_scale: Float32Array
     pair_row: Int32Array
     pair_expert: Int32Array
-    y: Float32Array
+    y: Int8Array
+    y_scale: Float32Array
+    cell: int
+    stamp: int
+
+    @property
+    def event(self) -> Event:
+        """What the exchange is about."""
+        return Event.unpack(self.event_id)
+
+
+@dataclass(slots=True)
+class _Views:
+    """Full-size arrays of the arrivals of one cell; scales where INT8 is delivered."""
+
+    peer: int
+    x: npt.NDArray[Any]
+    pair_row: Int32Array
+    pair_expert: Int32Array
+    y: npt.NDArray[Any]
+    x_scale: Float32Array
+    y_scale: Float32Array
 
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Private memory of the arrivals of one cell, [pair_row | pair_expert | INT8: x | y], and how much it holds."""
+    """Private memory of the arrivals of one cell, [pair_row | pair_expert | of widened INT8: x | y]; what it holds."""
 
     words: Int32Array
     rows: int
@@ -160,52 +193,64 @@ class RoutedExpert:
         """Return the work for this rank's experts that arrived since the last poll; forward what is for others.
 
         Words outside the agreed shape go to `on_corrupt` and are dropped; their sender will time out. Does not block.
+        ValueError: the shape says `deliver_int8`.
         """
+        if self._shape.deliver_int8:
+            raise ValueError("poll: the shape says deliver_int8, which poll_int8 does")
+        opened = []
+        for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
+            views = self._views.get(cell) or self._make_views(cell)
+            x, y = views.x[:num_rows], views.y[:num_pairs]
+            pairs = views.pair_row[:num_pairs], views.pair_expert[:num_pairs]
+            opened.append(Arrival(views.peer, event_id, x, *pairs, y, cell, stamp))
+        return opened
+
+    def poll_int8(self, on_corrupt: OnCorrupt) -> list[Int8Arrival]:
+        """Do what `poll` does, and hand out INT8 as it came. ValueError: the shape does not say `deliver_int8`."""
+        if not self._shape.deliver_int8:
+            raise ValueError("poll_int8: the shape does not say deliver_int8")
+        opened = []
+        for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
+            views = self._views.get(cell) or self._make_views(cell)
+            x, y = views.x[:num_rows], views.y[:num_pairs]
+            x_scale, y_scale = views.x_scale[:num_rows], views.y_scale[:num_pairs]
+            pairs = views.pair_row[:num_pairs], views.pair_expert[:num_pairs]
+            opened.append(Int8Arrival(views.peer, event_id, x, x_scale, *pairs, y, y_scale, cell, stamp))
+        return opened
+
+    def _poll(self, on_corrupt: OnCorrupt) -> Sequence[_Entry]:
         if self._table.version != self._version:
             self._drop_replaced()
         found = self._native.poll()
         if found is None:
             if self._native.num_relays:
                 self._check_owners()
-            return []
+            return ()
         arrivals, problems = found
-        opened = [self._arrival(*entry) for entry in arrivals or ()]
-        if problems is not None:
-            opened = self._solve_all(opened, problems, on_corrupt)
-        return opened
+        return (arrivals or ()) if problems is None else self._solve_all(arrivals or [], problems, on_corrupt)
 
-    def _arrival(self, cell: int, stamp: int, event_id: int, num_rows: int, num_pairs: int) -> Arrival:
-        views = self._views.get(cell) or self._make_views(cell)
-        return Arrival(
-            views.peer,
-            event_id,
-            views.x[:num_rows],
-            views.pair_row[:num_pairs],
-            views.pair_expert[:num_pairs],
-            views.y[:num_pairs],
-            cell,
-            stamp,
-        )
-
-    def commit(self, arrival: Arrival) -> bool:
-        """Publish `arrival.y` to the attention rank or to its trampoline; False if it was given up. Does not block."""
+    def commit(self, arrival: Arrival | Int8Arrival) -> bool:
+        """Publish what was filled to the attention rank or its trampoline; False if it was given up. Does not block."""
         return self._native.commit(arrival.cell, arrival.stamp)
 
     # ------------------------------------------------------------------ problems
 
     def _solve_all(
         self,
-        opened: list[Arrival],
+        opened: list[_Entry],
         problems: list[tuple[int, int, int, int, int, int]],
         on_corrupt: OnCorrupt,
-    ) -> list[Arrival]:
+    ) -> list[_Entry]:
         self._unsolved = False
         while sum(self._solve(*problem, on_corrupt) for problem in problems):
             arrivals, problems_left = self._native.poll() or (None, None)
             problems = problems_left or []
-            opened += [self._arrival(*entry) for entry in arrivals or ()]
+            opened = opened + (arrivals or [])
         # An arrival that a later one of the same exchange's sender has replaced shares its memory.
-        latest = {(a.peer, a.event.microbatch): a for a in opened}
+        latest = {}
+        for entry in opened:
+            place = self._shape.locate(entry[0])
+            latest[place.peer, place.microbatch] = entry
         return list(latest.values())
 
     def _solve(
@@ -306,23 +351,28 @@ class RoutedExpert:
     def _make_memory(self, cell: int, num_rows: int, num_pairs: int) -> None:
         shape = self._shape
         rows, pairs = _room(num_rows, shape.rows_max), _room(num_pairs, shape.pairs_max)
-        num_private = (rows + pairs) * shape.hidden if shape.int8 else 0
+        num_private = (rows + pairs) * shape.hidden if shape.int8 and not shape.deliver_int8 else 0
         self._memory[cell] = _Memory(np.empty(2 * pairs + num_private, np.int32), rows, pairs)
         self._native.set_slot(cell, self._memory[cell].words, rows, pairs)
         self._views.pop(cell, None)
 
     def _make_views(self, cell: int) -> _Views:
-        place, memory = self._shape.locate(cell), self._memory[cell]
+        shape, place, memory = self._shape, self._shape.locate(cell), self._memory[cell]
         pair_row, pair_expert, private = np.split(memory.words, [memory.pairs, 2 * memory.pairs])
-        if self._shape.int8:
-            floats = private.view(np.float32).reshape(-1, self._shape.hidden)
-            x, y = floats[: memory.rows], floats[memory.rows :]
+        if shape.int8 and not shape.deliver_int8:
+            floats = private.view(np.float32).reshape(-1, shape.hidden)
+            none = floats[0, :0]
+            rows = floats[: memory.rows], none, floats[memory.rows :], none
         else:
-            x, y = self._shared_rows(place)
-        views = self._views[cell] = _Views(place.peer, x, pair_row, pair_expert, y)
+            rows = self._shared_rows(place)
+        x, x_scale, y, y_scale = rows
+        views = self._views[cell] = _Views(place.peer, x, pair_row, pair_expert, y, x_scale, y_scale)
         return views
 
-    def _shared_rows(self, place: CellPlace) -> tuple[Float32Array, Float32Array]:
+    def _shared_rows(
+        self, place: CellPlace
+    ) -> tuple[npt.NDArray[Any], Float32Array, npt.NDArray[Any], Float32Array]:
+        """Return x and x_scale in the writer's segment, y and y_scale in the own one; no scales with float32."""
         shape, writer = self._shape, self._writer_of(place)
         sender = self._segment
         if writer != Rank("expert", self._rank):
@@ -330,9 +380,15 @@ class RoutedExpert:
         at = shape.attention_source(place.microbatch)
         if place.kind is CellKind.FORWARD:
             at = shape.seat_source(shape.seat_of(place.peer), place.microbatch)
+        source = sender.layout.managed_offset + at
         result = self._segment.layout.managed_offset + shape.expert_result(place.peer, place.microbatch)
-        x = sender.array(sender.layout.managed_offset + at, (shape.rows_max, shape.hidden), np.float32)
-        return x, self._segment.array(result, (shape.pairs_max, shape.hidden), np.float32)
+        dtype: type[np.generic] = np.int8 if shape.int8 else np.float32
+        x = sender.array(source, (shape.rows_max, shape.hidden), dtype)
+        y = self._segment.array(result, (shape.pairs_max, shape.hidden), dtype)
+        x_scale_at, y_scale_at = shape.scale_places
+        num_scales = (shape.rows_max, shape.pairs_max) if shape.int8 else (0, 0)
+        x_scale = sender.array(source + x_scale_at, num_scales[:1], np.float32)
+        return x, x_scale, y, self._segment.array(result + y_scale_at, num_scales[1:], np.float32)
 
     # ------------------------------------------------------------------ owners of guests' pairs
 

@@ -43,6 +43,7 @@ from bus.memory.segment import Segment
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
 
 U32 = 0xFFFFFFFF
 _BURST_PEERS_MAX = 8
@@ -77,10 +78,15 @@ class RelayShape:
     hidden: int
     num_microbatches: int = 1
     num_domains: int = 1  # DP domains, equal in number of attention ranks but for the last
-    int8: bool = False
+    int8: bool = False  # rows and results travel as INT8 with a scale each
+    deliver_int8: bool = (
+        False  # and are handed to and taken from the experts so; the same bytes in shared memory
+    )
     has_trampolines: bool = True  # False saves the memory of the seats
 
     def __post_init__(self) -> None:
+        if self.deliver_int8 and not self.int8:
+            raise ValueError("deliver_int8: True needs int8=True")
         for name in ("num_attention_ranks", "num_expert_ranks", "rows_max", "num_slots", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
@@ -145,6 +151,11 @@ class RelayShape:
         return [0, *ends][:-1]
 
     @property
+    def scale_places(self) -> tuple[int, int]:
+        """Places of x_scale in a source block and of y_scale in a result block."""
+        return self._source_places[1], align_up(self.pairs_max * self.row_bytes, LINE_BYTES)
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of a source block."""
         return sum(align_up(part, LINE_BYTES) for part in self._source_parts)
@@ -157,13 +168,14 @@ class RelayShape:
 
     def geometry(self, rank: int) -> tuple[int, ...]:
         """Return the numbers from which bus/memory/_relay.c finds every block and cell; it checks them."""
-        _, x_scale, starts, pair_row, pair_expert = self._source_places
+        _, _, starts, pair_row, pair_expert = self._source_places
         sizes = (self.num_attention_ranks, self.num_expert_ranks, self.rows_max, self.num_slots, self.hidden)
         seats = (self.domain_ranks, self._domain_seats, self.num_seats)
+        x_scale, y_scale = self.scale_places
         source = (self.source_bytes, x_scale, starts, pair_row, pair_expert)
-        y_scale = align_up(self.pairs_max * self.row_bytes, LINE_BYTES)
         results = (self.result_bytes, y_scale, self.seat_source(0, 0), self.seat_result(0, 0))
-        return (rank, *sizes, self.num_microbatches, int(self.int8), *seats, *source, *results)
+        flags = int(self.int8), int(self.deliver_int8)
+        return (rank, *sizes, self.num_microbatches, flags[0], *seats, *source, *results, flags[1])
 
     def attention_source(self, microbatch: int) -> int:
         """Return the place of an attention rank's source block."""

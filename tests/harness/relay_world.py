@@ -16,10 +16,10 @@ from bus.memory.segment import Segment, segment_name
 from bus.xccl.cost import UNMEASURED, CostRule
 from bus.xccl.endpoint import Rank
 from bus.xccl.group import AddressTable
-from bus.xccl.relay import Arrival, RoutedExpert
+from bus.xccl.relay import Arrival, Int8Arrival, RoutedExpert
 from bus.xccl.relay_layout import RelayShape
 from bus.xccl.trampoline import RoutedAttention, RoutedHandle
-from tests.harness.dispatch_world import expert_product
+from tests.harness.dispatch_world import expert_product, int8_product
 
 CONFIG = XcclConfig(spin_us=0, poll_interval_ms=5)
 
@@ -87,13 +87,15 @@ class RelayWorld:
         for rank in self.segments:
             self.end(rank)
 
-    def serve(self, ranks: Iterable[int]) -> list[Arrival]:
+    def serve(self, ranks: Iterable[int]) -> list[Arrival | Int8Arrival]:
         """Poll the expert ranks once, in this order; do and commit their work."""
-        done = []
+        done: list[Arrival | Int8Arrival] = []
         for rank in ranks:
-            for arrival in self.experts[rank].poll(raise_error):
+            side = self.experts[rank]
+            poll = side.poll_int8 if self.shape.deliver_int8 else side.poll
+            for arrival in poll(raise_error):
                 work(arrival)
-                self.experts[rank].commit(arrival)
+                side.commit(arrival)
                 done.append(arrival)
         return done
 
@@ -109,10 +111,15 @@ class RelayWorld:
         return out
 
 
-def work(arrival: Arrival) -> None:
+def work(arrival: Arrival | Int8Arrival) -> None:
     """What the experts do."""
     for i, (row, expert) in enumerate(zip(arrival.pair_row, arrival.pair_expert, strict=True)):
-        arrival.y[i] = expert_product(int(expert), arrival.x[row])
+        if isinstance(arrival, Int8Arrival):
+            part = slice(row, row + 1)
+            y = int8_product(int(expert), arrival.x[part], arrival.x_scale[part])
+            arrival.y[i : i + 1], arrival.y_scale[i : i + 1] = y
+        else:
+            arrival.y[i] = expert_product(int(expert), arrival.x[row])
 
 
 def routing(

@@ -1,4 +1,4 @@
-"""A rank of a group: `group_child.py dispatch|alltoall POD RANK INCARNATION POLL_MS`.
+"""A rank of a group: `group_child.py dispatch|dispatch_int8|alltoall POD RANK INCARNATION POLL_MS`.
 
 Prints `ready`, then obeys the lines on stdin: `run FIRST LAST` exchanges the steps FIRST..LAST and prints `done LAST`,
 `died STEP PEER` or `moved STEP PEER`; `arm POINT` dies at that fault point of the extension; `learn RANK INCARNATION`
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.errors import EventMismatch, PeerDied
 from bus.memory.segment import Segment, segment_name
+from bus.xccl import int8
 from bus.xccl.alltoall import AllToAll, AllToAllShape
 from bus.xccl.dispatch import Dispatcher, DispatchShape
 from bus.xccl.endpoint import Rank
@@ -115,6 +117,29 @@ class Routed(Member):
         return self.side.combine(result.y, weights, handle, deadline=deadline), wanted
 
 
+class RoutedInt8(Routed):
+    """The same with INT8 rows: an expert adds its number to the scale, so what it should be is exact as well."""
+
+    shape = replace(ROUTED, int8=True, deliver_int8=True)
+
+    def exchange(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        x, idx, weights = self.given(step)
+        deadline = Deadline.after_ms(DEADLINE_MS)
+        result, handle = self.side.dispatch_int8(x, idx, event=Event(step, 0), deadline=deadline)
+        local = np.repeat(np.arange(self.shape.num_local_experts), result.expert_counts)
+        result.y[:] = result.x
+        expert = (self.rank * self.shape.num_local_experts + local).astype(np.float32)
+        result.y_scale[:] = result.x_scale + expert
+        q, scale = int8.quantise(x)
+        wanted = np.zeros_like(x)
+        for slot in range(2):
+            expert = idx[:, slot]
+            y_scale = scale + np.maximum(expert, 0).astype(np.float32)
+            term = weights[:, slot, None] * (q.astype(np.float32) * y_scale[:, None])
+            wanted += np.where(expert[:, None] >= 0, term, np.float32(0))
+        return self.side.combine(result.y, weights, handle, deadline=deadline), wanted
+
+
 class Plain(Member):
     """Even steps send arrays of the process's own, odd steps wide rows in the app area, too large to be staged."""
 
@@ -162,5 +187,5 @@ def main(member: Member) -> None:
 
 
 if __name__ == "__main__":
-    kind = {"dispatch": Routed, "alltoall": Plain}[sys.argv[1]]
+    kind = {"dispatch": Routed, "dispatch_int8": RoutedInt8, "alltoall": Plain}[sys.argv[1]]
     main(kind(sys.argv[2], *map(int, sys.argv[3:6])))

@@ -94,7 +94,7 @@ class Group:
         assert [child.wait() for child in self.children] == [0] * NUM_RANKS
 
 
-@pytest.mark.parametrize("kind", ["dispatch", "alltoall"])
+@pytest.mark.parametrize("kind", ["dispatch", "dispatch_int8", "alltoall"])
 def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, kind: str) -> None:
     # Nobody looks up by himself within the deadlines of an exchange: a lost wake-up would end it.
     group = Group(spawn, pod, kind, poll_ms=120_000)
@@ -102,11 +102,12 @@ def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, kind:
     group.finish()
 
 
+@pytest.mark.parametrize("kind", ["dispatch", "dispatch_int8"])
 @pytest.mark.parametrize("point", DISPATCH_POINTS)
 def test_the_survivors_of_a_dispatch_name_the_killed_rank(
-    spawn: Spawn, pod: str, faulty_build: Path, point: str
+    spawn: Spawn, pod: str, faulty_build: Path, point: str, kind: str
 ) -> None:
-    group = Group(spawn, pod, "dispatch", build=faulty_build)
+    group = Group(spawn, pod, kind, build=faulty_build)
     group.run(1, 3)
     assert group.kill_at(point, STAGED) == DISPATCH_POINTS[point]
     group.go_on()

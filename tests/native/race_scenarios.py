@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -202,19 +203,20 @@ def ring() -> None:
 
 
 def dispatch() -> None:
-    """Dispatch and combine of three ranks, float32 and INT8, so that every rank reads every other one's blocks."""
+    """Dispatch and combine of three ranks, float32 and both forms of INT8; every rank reads every other block."""
     from bus.xccl.dispatch import DispatchShape
     from tests.harness.dispatch_world import DispatchWorld
 
-    for int8 in (False, True):
-        shape = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2, int8=int8)
+    plain = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2)
+    for shape in (plain, replace(plain, int8=True), replace(plain, int8=True, deliver_int8=True)):
         with DispatchWorld(shape, pod=POD) as world:
             rng = np.random.default_rng(3)
             inputs = [world.routed(rng, rng.integers(0, 7, 3).tolist()) for _ in range(STEPS)]
 
             def exchange(rank: int, world: DispatchWorld = world, inputs: list = inputs) -> None:
+                one = world.one_int8 if world.shape.deliver_int8 else world.one
                 for step, routed in enumerate(inputs, 1):
-                    world.one(rank, routed[rank], Event(step, 0))
+                    one(rank, routed[rank], Event(step, 0))
 
             run_threads(*[partial(exchange, rank) for rank in range(3)])
 

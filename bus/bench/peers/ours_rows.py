@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from threading import Event as Flag
 
 import numpy as np
-import numpy.typing as npt
 
 from bus.bench.meeting import Meeting, Message
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
@@ -120,6 +119,7 @@ class Case(Place):
     def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
         super().__init__(meeting, config, number)
         self.shape = Shape(**case)
+        self.is_int8 = self.shape.kind == "int8"
         self.given = inputs(self.shape, meeting.rank)
         self.sum = np.empty(self.given.x.shape, np.float32)
 
@@ -140,7 +140,8 @@ class Dispatching(Case):
             top_k=shape.top_k,
             hidden=shape.hidden,
             num_local_experts=shape.num_local_experts,
-            int8=shape.kind == "int8",
+            int8=self.is_int8,
+            deliver_int8=self.is_int8,
         )
         segment = self.open(sizes.layout(), lambda rank: Rank("expert", rank))
         self._side = Dispatcher(segment, sizes, self.rank, self.table, config=config)
@@ -149,7 +150,14 @@ class Dispatching(Case):
     def run(self) -> None:
         """Exchange once."""
         given, side, deadline = self.given, self._side, Deadline.after_ms(TIMEOUT_MS)
-        result, handle = side.dispatch(given.x, given.topk_idx, event=self.next_event(), deadline=deadline)
+        event = self.next_event()
+        if self.is_int8:
+            rows, handle = side.dispatch_int8(given.x, given.topk_idx, event=event, deadline=deadline)
+            np.copyto(rows.y, rows.x)
+            np.multiply(rows.x_scale, self._factor, out=rows.y_scale)
+            side.combine(rows.y, given.topk_weights, handle, deadline=deadline, out=self.sum)
+            return
+        result, handle = side.dispatch(given.x, given.topk_idx, event=event, deadline=deadline)
         np.multiply(result.x, self._factor, out=result.y)
         side.combine(result.y, given.topk_weights, handle, deadline=deadline, out=self.sum)
 
@@ -177,7 +185,8 @@ class Routing(Case):
             rows_max=shape.batch,
             num_slots=shape.top_k,
             hidden=shape.hidden,
-            int8=shape.kind == "int8",
+            int8=self.is_int8,
+            deliver_int8=self.is_int8,
         )
         self._is_attention = self.rank < shape.first_expert_rank
         layout = sizes.attention_layout() if self._is_attention else sizes.expert_layout()
@@ -218,14 +227,26 @@ class Routing(Case):
             self.segment.ring_doorbell()
 
         thread = self.meeting.serve(stop)
+        work = self._work_int8 if self.is_int8 else self._work
         while not stopping.is_set():
-            for arrival in side.poll(_raise):
-                y: npt.NDArray[np.float32] = arrival.y
-                _collectives.gather_rows(y, arrival.pair_row, arrival.x, 4 * self.shape.hidden)
-                np.multiply(y, self._factor, out=y)
-                side.commit(arrival)
+            work(side)
             side.wait(timeout_ns=SERVE_POLL_NS)
         thread.join()
+
+    def _work(self, side: RoutedExpert) -> None:
+        for arrival in side.poll(_raise):
+            y = arrival.y
+            _collectives.gather_rows(y, arrival.pair_row, arrival.x, 4 * self.shape.hidden)
+            np.multiply(y, self._factor, out=y)
+            side.commit(arrival)
+
+    def _work_int8(self, side: RoutedExpert) -> None:
+        for arrival in side.poll_int8(_raise):
+            y_scale = arrival.y_scale
+            _collectives.gather_rows(arrival.y, arrival.pair_row, arrival.x, self.shape.hidden)
+            np.take(arrival.x_scale, arrival.pair_row, out=y_scale, mode="clip")
+            np.multiply(y_scale, self._factor, out=y_scale)
+            side.commit(arrival)
 
     def close(self) -> None:
         """See `Case`."""

@@ -49,10 +49,17 @@ LANES = 3  # of a writer; the groups below have one microbatch
 steps, writes_so_far = itertools.count(1), itertools.count(1000)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "int8"])
+@pytest.fixture(scope="module", params=[(False, False), (True, False), (True, True)], ids=str)
 def group(request: pytest.FixtureRequest) -> Iterator[DispatchWorld]:
+    int8, deliver_int8 = request.param
     shape = DispatchShape(
-        num_ranks=3, max_tokens=3, top_k=2, hidden=20, num_local_experts=2, int8=request.param
+        num_ranks=3,
+        max_tokens=3,
+        top_k=2,
+        hidden=20,
+        num_local_experts=2,
+        int8=int8,
+        deliver_int8=deliver_int8,
     )
     with DispatchWorld(shape) as world:
         yield world
@@ -82,7 +89,8 @@ def test_a_rank_of_a_group_survives_any_words(
         scribble(group.segments[writer], writes, until=shape.offsets()[-1])
     now = Deadline.after_ms(0)
     try:
-        result, handle = side.dispatch(routed.x, routed.topk_idx, event=event, deadline=now)
+        dispatch = side.dispatch_int8 if shape.deliver_int8 else side.dispatch
+        result, handle = dispatch(routed.x, routed.topk_idx, event=event, deadline=now)
     except BusError:
         return
     assert len(result.x) == sum(result.expert_counts) <= shape.pairs_max

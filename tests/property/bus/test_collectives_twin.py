@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from bus.xccl.dispatch import DispatchShape
 from bus.xccl.event import Event
 from bus.xccl.relay_layout import RelayShape
 from tests.harness.alltoall_world import AllToAllWorld
-from tests.harness.dispatch_world import DispatchWorld, expert_product
+from tests.harness.dispatch_world import DispatchWorld, expert_product, int8_product
 from tests.harness.relay_world import RelayWorld, routing
 
 MAX_TOKENS = 6
@@ -54,6 +55,26 @@ def test_dispatch_and_combine_equal_the_twin(shape: DispatchShape, data: st.Data
             for (result, out), (x, counts), expected in zip(results, received, outs, strict=True):
                 assert np.array_equal(result.expert_counts, counts)
                 assert result.x.tobytes() == x.tobytes()
+                assert out.tobytes() == expected.tobytes()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(shape=shapes.map(lambda shape: replace(shape, int8=True, deliver_int8=True)), data=st.data())
+def test_int8_rows_arrive_and_are_added_as_they_are(shape: DispatchShape, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    with DispatchWorld(shape) as world:
+        for step in range(1, 4):
+            tokens = rng.integers(0, MAX_TOKENS + 1, shape.num_ranks).tolist()
+            inputs = world.routed(rng, tokens, none_share=data.draw(st.sampled_from([0.0, 0.3, 1.0])))
+            event = Event(step=step, layer=0, microbatch=step % shape.num_microbatches)
+            results = world.exchange_int8(inputs, event)
+            xs, idx = [i.x for i in inputs], [i.topk_idx for i in inputs]
+            received = reference.dispatch_rows_int8(xs, idx, shape.num_local_experts)
+            outs = reference.dispatch_combine_int8(xs, idx, [i.weights for i in inputs], int8_product)
+            for (result, out), (x, scale, counts), expected in zip(results, received, outs, strict=True):
+                assert np.array_equal(result.expert_counts, counts)
+                assert result.x.tobytes() == x.tobytes()
+                assert result.x_scale.tobytes() == scale.tobytes()
                 assert out.tobytes() == expected.tobytes()
 
 
@@ -122,13 +143,16 @@ relay_shapes = st.builds(
     hidden=st.sampled_from([1, 7, 64]),
     num_microbatches=st.just(2),
     num_domains=st.integers(1, 2),
-    int8=st.booleans(),
 )
+KINDS = [{}, {"int8": True}, {"int8": True, "deliver_int8": True}]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(shape=relay_shapes, data=st.data())
-def test_a2e_and_e2a_equal_the_twin_on_either_way(shape: RelayShape, data: st.DataObject) -> None:
+@given(shape=relay_shapes, kind=st.sampled_from(KINDS), data=st.data())
+def test_a2e_and_e2a_equal_the_twin_on_either_way(
+    shape: RelayShape, kind: dict[str, bool], data: st.DataObject
+) -> None:
+    shape = replace(shape, **kind)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     with RelayWorld(shape) as world:
         for step in range(1, 3):
@@ -141,6 +165,9 @@ def test_a2e_and_e2a_equal_the_twin_on_either_way(shape: RelayShape, data: st.Da
                     pending.append((side, handle, x, rank, expert))
             world.serve_all(rng)
             for side, handle, x, rank, expert in pending:
-                expected = reference.exchange(x, rank, expert, expert_product, int8=shape.int8)
+                if shape.deliver_int8:
+                    expected = reference.exchange_int8(x, rank, expert, int8_product)
+                else:
+                    expected = reference.exchange(x, rank, expert, expert_product, int8=shape.int8)
                 assert world.receive(side, handle).tobytes() == expected.tobytes()
         assert not any(e.stats()["dropped"] for e in world.experts)

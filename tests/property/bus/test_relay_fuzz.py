@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,8 +43,8 @@ shapes = st.builds(
     hidden=st.just(9),
     num_microbatches=st.integers(1, 2),
     num_domains=st.integers(1, 2),
-    int8=st.booleans(),
 )
+KINDS = [{}, {"int8": True}, {"int8": True, "deliver_int8": True}]
 
 
 def scribble(world: RelayWorld, rng: np.random.Generator, share: float) -> None:
@@ -64,8 +66,11 @@ def forge(world: RelayWorld, rank: Rank, cell: tuple[int, int, int, int, int], c
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(shape=shapes, data=st.data())
-def test_no_word_of_a_peer_leads_outside(shape: RelayShape, data: st.DataObject) -> None:
+@given(shape=shapes, kind=st.sampled_from(KINDS), data=st.data())
+def test_no_word_of_a_peer_leads_outside(
+    shape: RelayShape, kind: dict[str, bool], data: st.DataObject
+) -> None:
+    shape = replace(shape, **kind)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     share, route = data.draw(st.sampled_from([0.0, 0.01, 0.3])), data.draw(st.sampled_from(list(Route)))
     forged = data.draw(st.lists(cells, max_size=12))
@@ -80,7 +85,8 @@ def test_no_word_of_a_peer_leads_outside(shape: RelayShape, data: st.DataObject)
                 forge(world, to, cell, 100 * step + count)
             for _ in range(4):
                 for side in world.experts:
-                    for arrival in side.poll(reports.append):
+                    poll = side.poll_int8 if shape.deliver_int8 else side.poll
+                    for arrival in poll(reports.append):
                         assert 0 <= arrival.pair_row.min(initial=0) <= arrival.pair_row.max(initial=0) < ROWS
                         arrival.y[:] = arrival.x[arrival.pair_row]
                         side.commit(arrival)

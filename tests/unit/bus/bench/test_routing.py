@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expected, inputs
-from bus.bench.rows import Bytes, Float32Wire, Int8Wire, Rows, check_plain, plain_blocks
+from bus.bench.rows import Bytes, Float32Wire, Int8Wire, Rows, Wire, check_plain, plain_blocks
 
 
 def shape(form: str, num_ranks: int, kind: str = "float32") -> Shape:
@@ -60,12 +60,21 @@ def test_experts_of_a_token_are_distinct() -> None:
     assert all(len(set(row)) == 3 for row in given.topk_idx.tolist())
 
 
-def test_wires_bring_rows_back() -> None:
+def added(wire: Wire, x: np.ndarray) -> np.ndarray:
+    """Rows 3 and 0 of `x`, multiplied by 2 on the wire, with weights 1 and 0.5."""
+    rows = wire.packed(x)
+    y, out = np.empty_like(rows), np.empty((1, 16), np.float32)
+    wire.work(rows, np.float32(2), y)
+    wire.add(out, y, np.array([3, 0], np.int32), np.array([1, 0.5], np.float32), 1, 2, 16)
+    return out
+
+
+def test_wires_carry_work_and_add_rows() -> None:
     x = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
     exact, rounded = Float32Wire(shape(DISPATCH, 1)), Int8Wire(shape(DISPATCH, 1, "int8"))
-    assert np.array_equal(exact.unpacked(exact.packed(x)), x)
+    assert np.array_equal(added(exact, x)[0], 2 * x[3] + x[0])
     assert rounded.packed(x).shape == (4, 20)
-    assert np.abs(rounded.unpacked(rounded.packed(x).copy()) - x).max() < np.abs(x).max() / 127
+    assert 0 < np.abs(added(rounded, x)[0] - (2 * x[3] + x[0])).max() < 3 * np.abs(x).max() / 127
 
 
 def test_plain_blocks_testify() -> None:

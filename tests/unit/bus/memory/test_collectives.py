@@ -14,14 +14,14 @@ from bus.memory import _collectives, _native
 from bus.xccl.dispatch_layout import DispatchShape
 
 SHAPE = DispatchShape(num_ranks=2, max_tokens=3, top_k=2, hidden=4, num_local_experts=2)
-NATIVE_SHAPE = (0, 2, 3, 2, 4, 2, 1, False)
+NATIVE_SHAPE = (0, 2, 3, 2, 4, 2, 1, False, False)
 ERRORS = (ValueError, IndexError, TypeError, LookupError, RuntimeError, OverflowError, BufferError)
 
 
 def make_exchange() -> tuple[_collectives.Exchange, bytearray, bytearray]:
     layout = SHAPE.layout()
     exchange = _collectives.Exchange(NATIVE_SHAPE, SHAPE.offsets(), 0, 1_000)
-    exchange.bind(0, np.zeros((SHAPE.pairs_max, SHAPE.hidden), np.float32))
+    exchange.bind(0, np.zeros((SHAPE.pairs_max, SHAPE.hidden), np.float32), None)
     segments = bytearray(layout.total_bytes), bytearray(layout.total_bytes)
     for rank, segment in enumerate(segments):
         exchange.set_peer(rank, segment, 1, layout.cells_offset, layout.managed_offset)
@@ -80,6 +80,33 @@ def test_a_weighted_sum_refuses_rows_outside_and_short_buffers() -> None:
     with pytest.raises(IndexError, match="top_k: 65"):
         _collectives.weighted_sum(out, src, np.zeros(65, np.int32), weights, 1, 65, 8)
     assert not out.any()
+
+
+@pytest.mark.parametrize("width", [1, 4, 7, 64, 130])
+def test_a_weighted_sum_of_int8_rows_equals_that_of_what_they_mean(width: int) -> None:
+    rng = np.random.default_rng(width)
+    q, scale = rng.integers(-127, 128, (6, width), np.int8), rng.random((6, 1), np.float32)
+    rows = np.concatenate([q.view(np.uint8), scale.view(np.uint8)], axis=1)
+    index = np.array([[5, 0, 2], [-1, 1, 1], [-1, -1, -1]], np.int32)
+    weights = rng.random((3, 3), np.float32)
+    out, wanted = np.full((3, width), np.nan, np.float32), np.empty((3, width), np.float32)
+    _collectives.weighted_sum(wanted, q.astype(np.float32) * scale, index, weights, 3, 3, width)
+    _collectives.weighted_sum_int8(out, rows, index, weights, 3, 3, width)
+    assert out.tobytes() == wanted.tobytes()
+    with pytest.raises(IndexError, match=r"index: row 5 is outside 0\.\.4"):
+        _collectives.weighted_sum_int8(out, rows[:5], index, weights, 3, 3, width)
+
+
+def test_what_delivers_int8_needs_scales_and_int8_transport() -> None:
+    exchange = _collectives.Exchange((*NATIVE_SHAPE[:-2], True, True), SHAPE.offsets(), 0, 1_000)
+    rows = np.zeros((SHAPE.pairs_max, SHAPE.hidden), np.int8)
+    with pytest.raises(TypeError):
+        exchange.bind(0, rows, None)
+    with pytest.raises(ValueError, match="scales: 4 bytes are too few"):
+        exchange.bind(0, rows, np.zeros(1, np.float32))
+    exchange.bind(0, rows, np.zeros(SHAPE.pairs_max, np.float32))
+    with pytest.raises(ValueError, match="only INT8 transport"):
+        _collectives.Exchange((*NATIVE_SHAPE[:-2], False, True), SHAPE.offsets(), 0, 1_000)
 
 
 def test_a_scan_returns_what_was_written_since() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,18 @@ import pytest
 from bus.clock import Deadline
 from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, Truncated
 from bus.memory import _native
-from bus.xccl.dispatch import DispatchShape
+from bus.xccl.dispatch_layout import DispatchResult, DispatchShape
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
-from bus.xccl.reference import dispatch_combine
-from tests.harness.dispatch_world import DispatchWorld, Routed, expert_product, fill
+from bus.xccl.reference import dispatch_combine, dispatch_combine_int8, dispatch_rows
+from tests.harness.dispatch_world import (
+    DispatchWorld,
+    Routed,
+    expert_product,
+    fill,
+    fill_int8,
+    int8_product,
+)
 
 SHAPE = DispatchShape(num_ranks=3, max_tokens=4, top_k=2, hidden=6, num_local_experts=2, num_microbatches=2)
 BLOCK, X_AT, _, STARTS_AT, PAIR_ROW_AT, Y_START_AT, _, Y_AT = SHAPE.offsets()
@@ -81,6 +89,67 @@ def test_int8_has_no_rows_to_write_in_place() -> None:
     shape = DispatchShape(num_ranks=1, max_tokens=1, top_k=1, hidden=2, num_local_experts=1, int8=True)
     with DispatchWorld(shape) as world, pytest.raises(ValueError, match="INT8"):
         world.ranks[0].input_rows(0)
+
+
+INT8 = replace(SHAPE, int8=True, deliver_int8=True)
+
+
+def test_int8_is_delivered_only_where_it_travels() -> None:
+    with pytest.raises(ValueError, match="deliver_int8: True needs int8=True"):
+        replace(SHAPE, deliver_int8=True)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, INT8])
+def test_the_form_that_the_shape_does_not_say_is_refused(shape: DispatchShape) -> None:
+    with DispatchWorld(shape) as world:
+        side = world.ranks[0]
+        wrong = side.dispatch if shape.deliver_int8 else side.dispatch_int8
+        with pytest.raises(ValueError, match="deliver_int8"):
+            wrong(
+                np.zeros((1, 6), np.float32), np.zeros((1, 2), np.int32), event=Event(1, 0), deadline=soon()
+            )
+        assert side.stats()["cell_writes"] == 0
+
+
+def test_int8_rows_must_be_filled_in_place() -> None:
+    with DispatchWorld(INT8) as world:
+        inputs = world.routed(np.random.default_rng(3), [4, 3, 4], none_share=0.0)
+
+        def combine(rank: int) -> np.ndarray:
+            side, routed, deadline = world.ranks[rank], inputs[rank], Deadline.after_ms(9_000)
+            result, handle = side.dispatch_int8(
+                routed.x, routed.topk_idx, event=Event(1, 0), deadline=deadline
+            )
+            with pytest.raises(ValueError, match="filled in place"):
+                side.combine(result.y.copy(), routed.weights, handle, deadline=deadline)
+            with pytest.raises(ValueError, match="y: float32"):
+                side.combine(result.y.astype(np.float32), routed.weights, handle, deadline=deadline)
+            fill_int8(result, rank, INT8.num_local_experts)
+            return side.combine(result.y, routed.weights, handle, deadline=deadline)
+
+        expected = dispatch_combine_int8(
+            [i.x for i in inputs], [i.topk_idx for i in inputs], [i.weights for i in inputs], int8_product
+        )
+        for out, wanted in zip(world.each(combine), expected, strict=True):
+            assert out.tobytes() == wanted.tobytes()
+
+
+def test_ranks_that_widen_and_ranks_that_do_not_are_one_group() -> None:
+    # Delivery concerns nobody else: the bytes in shared memory are the same.
+    with DispatchWorld(INT8) as world:
+        inputs = world.routed(np.random.default_rng(4), [4, 3, 4], none_share=0.0)
+        world.shape = replace(INT8, deliver_int8=False)
+        world.ranks[0].close()
+        world.ranks[0] = world.open(0)
+
+        def one(rank: int) -> tuple[object, np.ndarray]:
+            exchange = world.one if rank == 0 else world.one_int8
+            return exchange(rank, inputs[rank], Event(1, 0))
+
+        (first, _), *_ = world.each(one)
+        rows, counts = dispatch_rows([i.x for i in inputs], [i.topk_idx for i in inputs], 2, int8=True)[0]
+        assert isinstance(first, DispatchResult)
+        assert first.x.tobytes() == rows.tobytes() and np.array_equal(first.expert_counts, counts)
 
 
 def test_microbatches_are_in_flight_together(world: DispatchWorld, inputs: list[Routed]) -> None:

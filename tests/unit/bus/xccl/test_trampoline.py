@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from bus.memory import _native
 from bus.xccl.cost import CostRule, Route, RouteCost
 from bus.xccl.endpoint import Rank, stamp
 from bus.xccl.event import Event
-from bus.xccl.reference import exchange
+from bus.xccl.reference import exchange, exchange_int8
 from bus.xccl.relay_layout import CellKind, CellPlace, RelayShape
-from tests.harness.dispatch_world import expert_product
+from tests.harness.dispatch_world import expert_product, int8_product
 from tests.harness.relay_world import RelayWorld, raise_error, routing, source_block, work
 
 SHAPE = RelayShape(
@@ -41,6 +42,40 @@ def soon() -> Deadline:
 
 def out_of(x: np.ndarray) -> np.ndarray:
     return np.zeros((x.shape[0], SHAPE.num_slots, SHAPE.hidden), np.float32)
+
+
+@pytest.mark.parametrize("int8", [{}, {"int8": True, "deliver_int8": True}])
+def test_the_form_that_the_shape_does_not_say_is_refused(int8: dict[str, bool]) -> None:
+    with RelayWorld(replace(SHAPE, **int8)) as world:
+        side = world.experts[0]
+        with pytest.raises(ValueError, match="deliver_int8"):
+            (side.poll if int8 else side.poll_int8)(raise_error)
+    with pytest.raises(ValueError, match="deliver_int8: True needs int8=True"):
+        replace(SHAPE, deliver_int8=True)
+
+
+@pytest.mark.parametrize("route", Route)
+def test_expert_ranks_that_widen_and_such_that_do_not_serve_one_exchange(
+    route: Route, rng: np.random.Generator
+) -> None:
+    widening = replace(SHAPE, int8=True)
+    with RelayWorld(replace(widening, deliver_int8=True)) as world:
+        world.shape = widening
+        world.experts[0].close()
+        world.experts[0] = world.open_expert(0, 2)
+        x, rank, expert = routing(rng, SHAPE, 8)
+        handle = world.attention[1].a2e_send(x, rank, expert, Event(1, 0), route)
+        for _ in range(4):
+            for side in world.experts:
+                for arrival in (
+                    side.poll(raise_error) if side is world.experts[0] else side.poll_int8(raise_error)
+                ):
+                    work(arrival)
+                    side.commit(arrival)
+        wide = exchange(x, rank, expert, expert_product, int8=True)
+        narrow = exchange_int8(x, rank, expert, int8_product)
+        expected = np.where((rank == 0)[..., None], wide, narrow)
+        assert world.receive(world.attention[1], handle).tobytes() == expected.tobytes()
 
 
 def test_one_metadata_write_replaces_one_per_expert_rank(world: RelayWorld, rng: np.random.Generator) -> None:
