@@ -126,8 +126,8 @@ class GatewayConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     backlog_tokens_max: int = 4096  # tokens that may wait for a client that reads slowly
     policy: str = "prefix"  # which DP group gets a request: round_robin, least_loaded, kv_usage or prefix
     output_reserve_tokens: int = 512  # output to come that counts as KV in use, at most, per request
-    balance_tokens: int = 4096  # prefix: KV that a group may have in use beyond the least used one
-    prefix_percent_min: int = 25  # prefix: of the prompt; a shorter one decides nothing
+    balance_percent: int = 50  # prefix: of its KV cache that a group may use more than the least used one
+    prefix_percent_min: int = 10  # prefix: of the prompt; a shorter one decides nothing
     long_tokens: int = 8192  # from so many prompt tokens + max_tokens on, a request is long
 
 

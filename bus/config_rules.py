@@ -54,7 +54,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "gateway.retry_window_ms": _MS,
     "gateway.backlog_tokens_max": (1, 100_000_000),
     "gateway.output_reserve_tokens": (0, 100_000_000),
-    "gateway.balance_tokens": (0, 100_000_000),
+    "gateway.balance_percent": (0, 10_000),
     "gateway.prefix_percent_min": (0, 100),
     "gateway.long_tokens": (1, 100_000_000),
 }

@@ -24,8 +24,8 @@ class PlacementSettings:
 
     policy: str = "prefix"
     output_reserve_tokens: int = 512  # counted as used for each request's output to come, at most
-    balance_tokens: int = 4096  # see `placement.Bounds`
-    prefix_percent_min: int = 25  # of the prompt; a shorter prefix decides nothing
+    balance_tokens: int = 8192  # see `placement.Bounds`
+    prefix_percent_min: int = 10  # of the prompt; a shorter prefix decides nothing
     max_num_seqs: int = 32  # requests that a group runs at once
     block_tokens: int = 16
     cache_tokens: int = 16384  # KV cache of one group; 0 = groups reuse no prefixes

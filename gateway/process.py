@@ -187,7 +187,7 @@ def placement_settings(config: PodConfig) -> PlacementSettings:
     return PlacementSettings(
         policy=gateway.policy,
         output_reserve_tokens=gateway.output_reserve_tokens,
-        balance_tokens=gateway.balance_tokens,
+        balance_tokens=config.kv.cache_tokens * gateway.balance_percent // 100,
         prefix_percent_min=gateway.prefix_percent_min,
         max_num_seqs=config.scheduler.max_num_seqs,
         block_tokens=config.kv.block_tokens,

@@ -79,15 +79,14 @@ class ToyExecutor:
 
     def __init__(self, ready: ExecutorReady) -> None:
         self.ready = ready
-        num_slots = ready.num_blocks * ready.block_tokens
-        self._slots = [(-1, -ready.incarnation * 1000 - slot, -1) for slot in range(num_slots)]
+        self._slots: dict[int, Entry] = {}
 
     def run(self, plan: StepPlan) -> StepCompleted:
         """Write the KV of every planned token, then draw."""
         for sequence in plan.sequences:
             for offset, token_id in enumerate(sequence.token_ids):
                 position = sequence.start + offset
-                before = self._slots[self._slot(sequence, position - 1)][2] if position else 0
+                before = self._entry(sequence, position - 1)[2] if position else 0
                 context = _digest((before,), token_id)
                 self._slots[self._slot(sequence, position)] = (position, token_id, context)
         sampled = tuple(self._sample(sequence) for sequence in plan.sequences)
@@ -96,7 +95,11 @@ class ToyExecutor:
     def receive(self, block_id: int, entries: Sequence[Entry]) -> None:
         """Write a block that was fetched."""
         first = block_id * self.ready.block_tokens
-        self._slots[first : first + len(entries)] = entries
+        self._slots.update(enumerate(entries, first))
+
+    def _entry(self, sequence: PlannedSequence, position: int) -> Entry:
+        slot = self._slot(sequence, position)
+        return self._slots.get(slot) or (-1, -self.ready.incarnation * 1000 - slot, -1)
 
     def read_blocks(self, block_ids: Sequence[int], num_tokens: int, block_tokens: int) -> list[Entry]:
         """Return what the first `num_tokens` entries of these blocks hold."""
@@ -109,7 +112,7 @@ class ToyExecutor:
 
     def _read(self, sequence: PlannedSequence, end: int) -> list[int]:
         """Return the tokens at positions 0 .. end - 1; a foreign entry reads as -1, which no token is."""
-        entries = [self._slots[self._slot(sequence, position)] for position in range(end)]
+        entries = [self._entry(sequence, position) for position in range(end)]
         tokens, context = [], 0
         for position, (at, token_id, kept) in enumerate(entries):
             context = _digest((context,), token_id)
