@@ -49,5 +49,9 @@ class Truncated(XcclError):
     """The peer announced more bytes than the receiver's buffer or slot can hold."""
 
 
+class OfferEnded(XcclError):
+    """The offer was withdrawn, or fetched by somebody else, before all was copied. What was copied is worthless."""
+
+
 class SegmentCorrupt(XcclError):
     """A header, offset or count read from shared memory is outside its bounds."""
