@@ -59,7 +59,7 @@ class LocalExperts:
         x = self._sent(moe.x)
         order = np.argsort(moe.topk_idx, axis=None, kind="stable")
         experts, firsts = np.unique(moe.topk_idx.ravel()[order], return_index=True)
-        for expert, picked in zip(experts, np.split(order, firsts[1:]), strict=True):
+        for expert, picked in zip(experts, np.split(order, firsts)[1:], strict=True):
             self._beat()
             rows, slots = np.divmod(picked, moe.topk_idx.shape[1])
             out[rows, slots] = self._model.forward(layer, int(expert), x[rows])

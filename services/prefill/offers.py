@@ -17,7 +17,12 @@ class OfferTable:
         self._ended: list[int] = []
         self._last_serial = 0
 
-    def offer(self, num_tokens: int, block_ids: Sequence[int]) -> KvTicket:
+    @property
+    def num_standing(self) -> int:
+        """See `KvOffers`."""
+        return len(self._tickets)
+
+    def offer(self, block_ids: Sequence[int], num_tokens: int) -> KvTicket:
         """See `KvOffers`."""
         self._last_serial += 1
         ticket = KvTicket(
@@ -40,11 +45,11 @@ class OfferTable:
                 self._free_slots.append(ticket.slot)
                 self._ended.append(serial)
 
-    def standing(self) -> dict[int, tuple[int, ...]]:
+    def withdraw_all(self) -> None:
         """See `KvOffers`."""
-        return {serial: ticket.block_ids for serial, ticket in self._tickets.items()}
+        self.withdraw(list(self._tickets))
 
-    def ended(self) -> tuple[int, ...]:
+    def ended(self) -> list[int]:
         """See `KvOffers`."""
-        ended, self._ended = tuple(self._ended), []
+        ended, self._ended = self._ended, []
         return ended

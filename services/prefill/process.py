@@ -42,6 +42,7 @@ from services.prefill.experts import LocalExperts, load_all_experts
 from services.prefill.offers import OfferTable
 from services.steps.executor import StepExecutor
 from services.steps.hot_loop import HotLoop
+from services.steps.offers import Offers
 
 STOP_TIMEOUT_S = 2.0
 NICE = 10
@@ -115,11 +116,13 @@ async def serve(
         Sampler(settings.model_path(config), model.config.vocab_size),
         rows_max=rows_max(config, ready.max_model_len),
         incarnation=member.incarnation,
-        offers=OfferTable(
-            index=member.index,
-            incarnation=member.incarnation,
-            segment=member.segment,
-            num_blocks=ready.num_blocks,
+        offers=Offers(
+            OfferTable(
+                index=member.index,
+                incarnation=member.incarnation,
+                segment=member.segment,
+                num_blocks=ready.num_blocks,
+            )
         ),
     )
     loop = HotLoop(

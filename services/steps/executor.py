@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.control.messages import (
-    KvTicket,
     PlannedSequence,
     SampledToken,
     StepCompleted,
@@ -29,7 +28,7 @@ from services.model.batch import Batch
 from services.model.grammar import GrammarError
 from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
-from services.steps.offers import KvOffers
+from services.steps.offers import Offers
 from services.steps.rows import StepRows, check_plan, lay_out
 
 Float32Array = npt.NDArray[np.float32]
@@ -90,7 +89,7 @@ class StepExecutor:
         *,
         rows_max: int,
         incarnation: int,
-        offers: KvOffers | None = None,
+        offers: Offers | None = None,
     ):
         self.experts = experts
         self.offers = offers
@@ -128,7 +127,8 @@ class StepExecutor:
         if self.offers is None and any(sequence.offer_kv for sequence in plan.sequences):
             raise ValueError(f"step {plan.step_id}: offer_kv is for prefill workers")
         rows = lay_out(plan)
-        self._withdraw_harmed(plan)
+        if self.offers is not None:
+            self.offers.withdraw_written(plan.sequences, self._kv.block_tokens)
         self._step_seq += 1
         num_retries = self.experts.num_retries
         logits = self._forward(rows)
@@ -142,26 +142,6 @@ class StepExecutor:
             duration_us=(time.monotonic_ns() - started) // 1000,
             attempts=1 + self.experts.num_retries - num_retries,
         )
-
-    def _withdraw_harmed(self, plan: StepPlan) -> None:
-        """A plan that writes offered blocks comes from a leader that has given these offers up: end them first."""
-        if self.offers is None:
-            return
-        size = self._kv.block_tokens
-        written = {
-            block_id
-            for sequence in plan.sequences
-            for block_id in sequence.block_table[
-                sequence.start // size : -(-(sequence.start + len(sequence.token_ids)) // size)
-            ]
-        }
-        standing = self.offers.standing()
-        self.offers.withdraw([s for s, block_ids in standing.items() if not written.isdisjoint(block_ids)])
-
-    def _offer(self, sequence: PlannedSequence) -> KvTicket | None:
-        if self.offers is None or not sequence.offer_kv:
-            return None
-        return self.offers.offer(sequence.start + len(sequence.token_ids), sequence.block_table)
 
     def _forward(self, rows: StepRows) -> Float32Array:
         batch = Batch(
@@ -178,6 +158,7 @@ class StepExecutor:
 
     def _sample_all(self, plan: StepPlan, rows: StepRows, logits: Float32Array) -> tuple[SampledToken, ...]:
         sampled = []
+        offers = self.offers
         next_row = 0
         for sequence in plan.sequences:
             num_prompt_rows = len(sequence.next_prompt_token_ids)
@@ -197,7 +178,7 @@ class StepExecutor:
                     logprob=logprob,
                     prompt_logprobs=prompt,
                     error=error,
-                    ticket=None if error else self._offer(sequence),
+                    ticket=offers.offer(sequence) if offers and sequence.offer_kv and not error else None,
                 )
             )
         return tuple(sampled)

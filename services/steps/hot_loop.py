@@ -88,10 +88,8 @@ class HotLoop:
             return
         if self._dealer is not None:
             self._dealer.close()
-        offers = self._executor.offers
-        if offers is not None:  # the new planner knows none of them
-            offers.withdraw(list(offers.standing()))
-            offers.ended()
+        if self._executor.offers is not None:
+            self._executor.offers.forget_all()
         self._dealer = SyncDealer(current.endpoint, self._identity, StepPlan | WithdrawOffers)
         self._followed, self._greeted = current.incarnation, False
         self._log.info("scheduler_followed", incarnation=current.incarnation)
@@ -116,7 +114,7 @@ class HotLoop:
 
     def _num_offers(self) -> int:
         offers = self._executor.offers
-        return len(offers.standing()) if offers is not None else 0
+        return offers.num_standing if offers is not None else 0
 
     def _tell_ended(self, dealer: SyncDealer) -> None:
         offers = self._executor.offers
