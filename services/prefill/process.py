@@ -4,7 +4,7 @@ Life cycle:
     1. take the owner lock and an incarnation; step behind the token path (`yield_to_token_path`); say `Hello`
        (state starting);
     2. map the whole model; experts are mapped, so their bytes are shared with the expert workers;
-    3. sweep what earlier incarnations left; create the segment, whose app area holds the KV blocks;
+    3. sweep what earlier incarnations left; create the segment, whose app area holds the KV blocks and the transfer table;
     4. start the hot loop, which greets the TE-shell; say ready;
     5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -29,6 +30,8 @@ from bus.clock import NS_PER_MS, now_ns
 from bus.config import PodConfig
 from bus.control.member import Member
 from bus.control.messages import ExecutorReady
+from bus.distflow.source import KvSource
+from bus.distflow.table import TransferLayout
 from bus.errors import ConfigError
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
@@ -39,7 +42,6 @@ from services.model.numerics import check_row_independence
 from services.model.sampler import Sampler
 from services.pod import create_segment, thread_failure
 from services.prefill.experts import LocalExperts, load_all_experts
-from services.prefill.offers import OfferTable
 from services.steps.executor import StepExecutor
 from services.steps.hot_loop import HotLoop
 from services.steps.offers import Offers
@@ -61,11 +63,10 @@ async def prefill_main(config: PodConfig, index: int) -> None:
     async with member:
         model_config = load_config(settings.model_path(config))
         model, experts = await asyncio.to_thread(load_models, config, model_config, member)
-        num_blocks = config.prefill.cache_tokens // config.kv.block_tokens
-        kv_bytes = model.kv_bytes(num_blocks, config.kv.block_tokens)
-        segment = create_segment(config, member, SegmentLayout(0, 0, kv_bytes))
+        layout = transfer_layout(config, model)
+        segment = create_segment(config, member, SegmentLayout(0, 0, layout.app_bytes))
         try:
-            await serve(config, member, segment, model, experts)
+            await serve(config, member, segment, KvSource(segment, layout), model, experts)
         finally:
             segment.close()
             segment.unlink()
@@ -98,6 +99,17 @@ def load_models(
     return model, load_all_experts(folder, model_config, progress)
 
 
+def transfer_layout(config: PodConfig, model: AttentionModel) -> TransferLayout:
+    """Return what lies where in the segment: the KV blocks, and a row of answers for each attention worker."""
+    num_blocks = config.prefill.cache_tokens // config.kv.block_tokens
+    return TransferLayout(
+        num_blocks=num_blocks,
+        block_bytes=model.kv_bytes(1, config.kv.block_tokens),
+        num_slots=num_blocks,  # every offer has a block that no other has
+        num_sinks=config.topology.dp_groups,
+    )
+
+
 def rows_max(config: PodConfig, max_model_len: int) -> int:
     """Return the largest step in tokens: without chunks, that is the longest prompt."""
     step_tokens = config.prefill.max_num_batched_tokens
@@ -105,7 +117,12 @@ def rows_max(config: PodConfig, max_model_len: int) -> int:
 
 
 async def serve(
-    config: PodConfig, member: Member, segment: Segment, model: AttentionModel, expert_model: ExpertModel
+    config: PodConfig,
+    member: Member,
+    segment: Segment,
+    source: KvSource,
+    model: AttentionModel,
+    expert_model: ExpertModel,
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
     ready = greeting(config, member, model.config)
@@ -116,14 +133,7 @@ async def serve(
         Sampler(settings.model_path(config), model.config.vocab_size),
         rows_max=rows_max(config, ready.max_model_len),
         incarnation=member.incarnation,
-        offers=Offers(
-            OfferTable(
-                index=member.index,
-                incarnation=member.incarnation,
-                segment=member.segment,
-                num_blocks=ready.num_blocks,
-            )
-        ),
+        offers=Offers(source),
     )
     loop = HotLoop(
         executor,
@@ -136,7 +146,7 @@ async def serve(
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
-    member.counters = executor.counters_now
+    member.counters = lambda: {**executor.counters_now(), **asdict(source.counters)}
     loop.start()
     member.set_state("ready")
     try:

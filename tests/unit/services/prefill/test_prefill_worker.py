@@ -5,18 +5,22 @@ The TE-shell's core plans, the executor computes, both with the real model; only
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bus.control.messages import PlannedSequence, SamplingParams, StepPlan
+from bus.distflow.source import KvSource
+from bus.distflow.table import TransferLayout
+from bus.memory.layout import SegmentLayout
+from bus.memory.segment import Segment
 from services.model.batch import Batch
 from services.model.kv_cache import KvCache
 from services.model.reference import ReferenceModel
 from services.model.sampler import Sampler
 from services.prefill.experts import LocalExperts, load_all_experts
-from services.prefill.offers import OfferTable
 from services.shell.events import FromWorker
 from services.steps.executor import StepAbandoned, StepExecutor
 from services.steps.offers import Offers
@@ -30,12 +34,21 @@ NUM_BLOCKS, BLOCK_TOKENS, MAX_TOKENS = 64, 4, 48
 class RealWorker:
     """Takes the place of `ToyPrefillWorker`."""
 
-    def __init__(self, folder: Path, *, index: int = 0, wire_int8: bool = False) -> None:
+    def __init__(self, folder: Path, *, wire_int8: bool = False) -> None:
         model = oracle(folder).attention
-        self.kv = model.allocate_kv(None, NUM_BLOCKS, BLOCK_TOKENS)
+        layout = TransferLayout(NUM_BLOCKS, model.kv_bytes(1, BLOCK_TOKENS), NUM_BLOCKS, num_sinks=1)
+        segment = Segment.create(
+            f"/xds-unit-{uuid.uuid4().hex[:8]}-prefill-0-1",
+            SegmentLayout(0, 0, layout.app_bytes),
+            service="prefill",
+            index=0,
+            incarnation=1,
+        )
+        segment.unlink()
+        self.segment = segment
+        self.kv = model.allocate_kv(segment.app, NUM_BLOCKS, BLOCK_TOKENS)
         self.num_beats = 0
         experts = LocalExperts(load_all_experts(folder, model.config), self._beat, wire_int8=wire_int8)
-        table = OfferTable(index=index, incarnation=1, segment="/unit", num_blocks=NUM_BLOCKS)
         self.executor = StepExecutor(
             model,
             self.kv,
@@ -43,7 +56,7 @@ class RealWorker:
             Sampler(folder, model.config.vocab_size),
             rows_max=MAX_TOKENS,
             incarnation=1,
-            offers=Offers(table),
+            offers=Offers(KvSource(segment, layout)),
         )
 
     def _beat(self) -> None:
