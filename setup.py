@@ -42,8 +42,10 @@ setup(
         ),
         Extension(
             "services.model._kernels",
-            ["services/model/_kernels.c"],
-            depends=[f"services/model/_{name}.h" for name in ("kernels_impl", "arguments", "quantise_row")],
+            [f"services/model/_kernels{part}.c" for part in ("", "_sets", "_products", "_rows", "_paged")],
+            depends=[
+                f"services/model/_{name}.h" for name in ("kernels", "kernels_impl", "arguments", "quantise_row")
+            ],
             extra_compile_args=COMPILE_ARGS,
             libraries=["m"],
         ),

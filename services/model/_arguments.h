@@ -98,6 +98,26 @@ static inline int need(arguments *args, const char *name, const array *a, int ax
     return 0;
 }
 
+#define ANY (-1) /* an extent that may be any */
+
+/* `take` an array that must have these extents. */
+static inline int take_shaped(arguments *args, PyObject *object, const char *name, char wanted, int writable, array *out,
+                              int rank, const Py_ssize_t *extents)
+{
+    if (!take(args, object, name, wanted, rank, writable, out))
+        return 0;
+    for (int i = 0; i < rank; i++)
+        if (extents[i] != ANY && !need(args, name, out, i, extents[i]))
+            return 0;
+    return 1;
+}
+
+#define EXTENTS(...) (int)(sizeof((Py_ssize_t[]){__VA_ARGS__}) / sizeof(Py_ssize_t)), (Py_ssize_t[]){__VA_ARGS__}
+
+/* Argument number `i`, named like the variable `a`, with the extents that follow; one that is written has an OUT. */
+#define IN(i, a, wanted, ...) take_shaped(&args, objects[i], #a, wanted, 0, &a, EXTENTS(__VA_ARGS__))
+#define OUT(i, a, wanted, ...) take_shaped(&args, objects[i], #a, wanted, 1, &a, EXTENTS(__VA_ARGS__))
+
 static inline int need_count(const char *function, Py_ssize_t got, Py_ssize_t wanted)
 {
     if (got == wanted)

@@ -267,13 +267,13 @@ static void quantise(const rows_t *rows, const float *x, ptrdiff_t stride, ptrdi
         kernels->quantise(x + m * stride, rows->q + m * rows->padded, &rows->scale[m], K, rows->padded);
 }
 
-/* A weight [N, K] and its scales [N]. */
-static int take_weight(arguments *args, PyObject *const *objects, const char *name, const char *scale_name, array *w,
-                       weight_t *out)
+/* A weight [N, num_columns] and its scales [N]. */
+static int take_weight(arguments *args, PyObject *const *objects, const char *name, const char *scale_name,
+                       Py_ssize_t num_columns, array *w, weight_t *out)
 {
     array scale;
-    if (!take(args, objects[0], name, 'b', 2, 0, w) || !take(args, objects[1], scale_name, 'f', 1, 0, &scale) ||
-        !need(args, scale_name, &scale, 0, w->shape[0]))
+    if (!take_shaped(args, objects[0], name, 'b', 0, w, EXTENTS(ANY, ANY)) ||
+        !take_shaped(args, objects[1], scale_name, 'f', 0, &scale, EXTENTS(w->shape[0])))
         return 0;
     if (w->shape[1] > DEPTH_MAX) {
         PyErr_Format(PyExc_ValueError, "%s: %s has %zd columns, at most %d are supported", args->function, name,
@@ -281,7 +281,7 @@ static int take_weight(arguments *args, PyObject *const *objects, const char *na
         return 0;
     }
     *out = (weight_t){w->data, w->stride[0], scale.data};
-    return 1;
+    return need(args, name, w, 1, num_columns);
 }
 
 /* x [M, K], w [N, K] int8, scale [N], out [M, N]: out = x w^T. */
@@ -292,9 +292,8 @@ static PyObject *matmul_nt(PyObject *self, PyObject *const *objects, Py_ssize_t 
     weight_t weight;
     if (!need_count(args.function, count, 4))
         return NULL;
-    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) && take_weight(&args, objects + 1, "w", "scale", &w, &weight) &&
-             take(&args, objects[3], "out", 'f', 2, 1, &out) && need(&args, "w", &w, 1, x.shape[1]) &&
-             need(&args, "out", &out, 0, x.shape[0]) && need(&args, "out", &out, 1, w.shape[0]);
+    int ok = IN(0, x, 'f', ANY, ANY) && take_weight(&args, objects + 1, "w", "scale", x.shape[1], &w, &weight) &&
+             OUT(3, out, 'f', x.shape[0], w.shape[0]);
     if (!ok)
         return finish(&args, 0);
     rows_t rows;
@@ -320,14 +319,12 @@ static PyObject *mlp(PyObject *self, PyObject *const *objects, Py_ssize_t count)
     weight_t gate_w, up_w, down_w;
     if (!need_count(args.function, count, 8))
         return NULL;
-    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) &&
-             take_weight(&args, objects + 1, "gate", "gate_scale", &gate, &gate_w) &&
-             take_weight(&args, objects + 3, "up", "up_scale", &up, &up_w) &&
-             take_weight(&args, objects + 5, "down", "down_scale", &down, &down_w) &&
-             take(&args, objects[7], "out", 'f', 2, 1, &out) && need(&args, "gate", &gate, 1, x.shape[1]) &&
-             need(&args, "up", &up, 1, x.shape[1]) && need(&args, "up", &up, 0, gate.shape[0]) &&
-             need(&args, "down", &down, 1, gate.shape[0]) && need(&args, "out", &out, 0, x.shape[0]) &&
-             need(&args, "out", &out, 1, down.shape[0]);
+    int ok = IN(0, x, 'f', ANY, ANY) &&
+             take_weight(&args, objects + 1, "gate", "gate_scale", x.shape[1], &gate, &gate_w) &&
+             take_weight(&args, objects + 3, "up", "up_scale", x.shape[1], &up, &up_w) &&
+             need(&args, "up", &up, 0, gate.shape[0]) &&
+             take_weight(&args, objects + 5, "down", "down_scale", gate.shape[0], &down, &down_w) &&
+             OUT(7, out, 'f', x.shape[0], down.shape[0]);
     if (!ok)
         return finish(&args, 0);
     ptrdiff_t M = x.shape[0], H = x.shape[1], I = gate.shape[0];
@@ -360,9 +357,7 @@ static PyObject *quantise_rows(PyObject *self, PyObject *const *objects, Py_ssiz
     array x, q, scale;
     if (!need_count(args.function, count, 3))
         return NULL;
-    int ok = take(&args, objects[0], "x", 'f', 2, 0, &x) && take(&args, objects[1], "q", 'b', 2, 1, &q) &&
-             take(&args, objects[2], "scale", 'f', 1, 1, &scale) && need(&args, "q", &q, 0, x.shape[0]) &&
-             need(&args, "q", &q, 1, x.shape[1]) && need(&args, "scale", &scale, 0, x.shape[0]);
+    int ok = IN(0, x, 'f', ANY, ANY) && OUT(1, q, 'b', x.shape[0], x.shape[1]) && OUT(2, scale, 'f', x.shape[0]);
     if (!ok)
         return finish(&args, 0);
     Py_BEGIN_ALLOW_THREADS;

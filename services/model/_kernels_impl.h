@@ -9,7 +9,7 @@
  *   - tails go through the same vector code on zero-padded copies, never through a scalar variant.
  *
  * Tiles of several rows and columns only interleave such chains, they do not change one of them. Fused
- * multiply-add is always explicit (VFMA); the compiler may not contract anything else (see _kernels.c).
+ * multiply-add is always explicit (VFMA); the compiler may not contract anything else (see _kernels.h).
  *
  * The including file defines FN(name), which adds the suffix of the instruction set, VFMA(a, b, c) = a * b + c,
  * WIDEN_U16(h), WIDEN_U8(b), and WIDEN_F16(h) where one instruction does it.

@@ -1,4 +1,4 @@
-/* The one rounding of activations and of cached latents to INT8, shared by _int8.c and _kernels.c.
+/* The one rounding of activations and of cached latents to INT8, shared by _int8.c and _kernels_paged.c.
  *
  * It divides, adds and compares, each rounded by itself, so every instruction set and either file gives the same bits.
  */

@@ -277,6 +277,14 @@ def test_positions_outside_the_tables_are_refused() -> None:
             numerics.paged_attention(normal(1, 1, 5), cache, cache, *where, scale=1.0)
 
 
+def test_blocks_without_tokens_are_refused() -> None:
+    cache, where = np.zeros((4, 0, 1, 5), np.float32), [np.zeros(shape, np.int32) for shape in ((1, 1), 1, 1)]
+    with pytest.raises(ValueError, match="blocks must have tokens"):
+        numerics.kv_store(normal(1, 1, 5), cache, *where)
+    with pytest.raises(ValueError, match="blocks must have tokens"):
+        numerics.paged_attention(normal(1, 1, 5), cache, cache, *where, scale=1.0)
+
+
 def test_errors_name_the_argument() -> None:
     x, w, byte = normal(2, 8), normal(3, 8), np.zeros((3, 8), dtype=np.uint8)
     cases: list[tuple[str, Callable[[], object]]] = [
