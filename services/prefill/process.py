@@ -4,7 +4,7 @@ Life cycle:
     1. take the owner lock and an incarnation; step behind the token path (`yield_to_token_path`); say `Hello`
        (state starting);
     2. map the whole model; experts are mapped, so their bytes are shared with the expert workers;
-    3. sweep what earlier incarnations left; create the segment, whose app area holds the KV blocks and the transfer table;
+    3. sweep what earlier incarnations left; create the segment: its app area holds KV blocks and transfer table;
     4. start the hot loop, which greets the TE-shell; say ready;
     5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
 
