@@ -90,6 +90,15 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     route_costs_ns: str = ""  # what A2E/E2A costs (bus/xccl/cost.py); "" = never through trampolines
 
 
+class RuntimeConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How processes use Python and the machine."""
+
+    gc: str = (
+        "managed"  # managed: garbage is looked for between steps and when idle; auto: whenever Python likes
+    )
+    pin_cores: bool = False  # true: a core of its own for each attention, expert and prefill worker
+
+
 class HeartbeatConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Liveness."""
 
@@ -145,6 +154,7 @@ class PodConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     kv: KvConfig = KvConfig()
     attention: AttentionConfig = AttentionConfig()
     xccl: XcclConfig = XcclConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()
     launcher: LauncherConfig = LauncherConfig()
     gateway: GatewayConfig = GatewayConfig()

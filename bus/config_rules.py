@@ -61,6 +61,7 @@ _RANGES: dict[str, tuple[int, int]] = {
 _POD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _ROUTE_COSTS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?(?:,(?!$)|$)){6}|")
 KV_CACHE_DTYPES = ("auto", "int8")
+_GC_MODES = ("managed", "auto")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LOG_FORMATS = ("console", "json")
 _SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its terminator
@@ -88,6 +89,8 @@ def validate(config: PodConfig) -> None:
     _require(_ROUTE_COSTS.fullmatch(costs) is not None, "xccl.route_costs_ns", costs, rule)
     dtype, names = config.attention.kv_cache_dtype, ", ".join(KV_CACHE_DTYPES)
     _require(dtype in KV_CACHE_DTYPES, "attention.kv_cache_dtype", dtype, f"must be one of {names}")
+    modes = ", ".join(_GC_MODES)
+    _require(config.runtime.gc in _GC_MODES, "runtime.gc", config.runtime.gc, f"must be one of {modes}")
     _require(bool(config.gateway.host), "gateway.host", config.gateway.host, "must be a host name or address")
     _validate_relations(config)
     _validate_long_groups(config)

@@ -32,7 +32,7 @@ import uvloop
 import zmq.asyncio
 
 from bus import config as settings
-from bus import logs
+from bus import cores, logs
 from bus.config import PodConfig
 from bus.errors import ConfigError, ResourceError
 from bus.shutdown import (
@@ -65,6 +65,7 @@ def run(role_main: RoleMain, service: str) -> NoReturn:
     try:
         config = settings.from_resolved(os.environ)
         logs.configure(config, service, index)
+        cores.pin(config, service, index)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             exit_code = runner.run(_supervise(role_main, config, index, name))
     except ConfigError as error:

@@ -95,6 +95,11 @@ class Dispatcher:
             self.leave(request_id, stop_string_met=False)
             inbox.put(choice, DeliverError(request_id, status, code, message, 1))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._is_idle.is_set()
+
     async def wait_idle(self) -> None:
         """Return when no request is unfinished."""
         await self._is_idle.wait()

@@ -39,6 +39,7 @@ from bus.control.member import Member
 from bus.control.messages import GetStatus, PodMap, Status
 from bus.control.sockets import Dealer
 from bus.errors import RequestTimeout, ResourceError
+from bus.garbage import ManagedGc
 from gateway import app, checkpoint
 from gateway.completions import Api
 from gateway.core import JobExecutor
@@ -214,12 +215,16 @@ def _uvicorn_config() -> uvicorn.Config:
 
 async def _serve(server: HttpServer, listener: socket.socket, member: Member, dispatcher: Dispatcher) -> None:
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    garbage = ManagedGc(member.config.runtime.gc)
+    collecting = asyncio.create_task(garbage.watch(lambda: dispatcher.is_idle))
     try:
         await server.is_listening.wait()
+        garbage.take_over()
         member.set_state("ready")
         log.info("serving HTTP", url=member.http)
         await asyncio.shield(serving)
     finally:
+        collecting.cancel()
         server.is_stopping = True
         member.set_state("stopping")
         await _drain(dispatcher, member.config.launcher.stop_timeout_ms / 2 / 1000)

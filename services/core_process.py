@@ -14,6 +14,7 @@ import structlog
 from bus.config import PodConfig
 from bus.control.messages import Message
 from bus.control.sockets import QueueFull, Router
+from bus.garbage import ManagedGc
 from services.peers import Peer
 
 IDLE_WATCH_FACTOR = 4  # how much rarer an idle process looks at locks
@@ -33,6 +34,7 @@ class CoreProcess(Generic[Event]):
         self._router = router
         self._events: list[Event] = []
         self._has_events = asyncio.Event()
+        self._garbage = ManagedGc(config.runtime.gc)
 
     def event_of(self, peer: Peer, message: Message) -> Event | None:
         """Return what the message means, None when this peer may not say it."""
@@ -53,6 +55,7 @@ class CoreProcess(Generic[Event]):
 
     async def run(self) -> None:
         """Serve until cancelled."""
+        self._garbage.take_over()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen())
             group.create_task(self._decide())
@@ -95,9 +98,12 @@ class CoreProcess(Generic[Event]):
             self._has_events.clear()
             events, self._events = self._events, []
             self.decide(events)
+            self._garbage.turn()
 
     async def _watch(self) -> None:
         interval_s = self._config.heartbeat.lock_poll_interval_ms / 1000
         while True:
             self.watch()
+            if self.is_idle:
+                self._garbage.idle()
             await asyncio.sleep(interval_s * (IDLE_WATCH_FACTOR if self.is_idle else 1))

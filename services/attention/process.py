@@ -27,6 +27,7 @@ from bus.config import PodConfig
 from bus.control.member import Member
 from bus.control.messages import ExecutorReady
 from bus.errors import ConfigError
+from bus.garbage import ManagedGc
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
 from bus.xccl.group import AddressTable
@@ -107,18 +108,21 @@ async def serve(
         rows_max=config.scheduler.max_num_batched_tokens,
         incarnation=member.incarnation,
     )
+    garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
         executor,
         segment,
         greeting(config, member, model.config, num_blocks),
         identity=member.identity,
         scheduler=lambda: member.lookup("scheduler", member.index),
+        garbage=garbage,
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
     member.counters = lambda: executor.counters_now()
+    garbage.take_over()
     loop.start()
     member.set_state("ready")
     try:

@@ -16,6 +16,7 @@ import structlog
 
 from bus.control.messages import PodMap
 from bus.errors import SegmentCorrupt
+from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
 from bus.xccl.group import AddressTable
 from bus.xccl.relay import Arrival, RoutedExpert
@@ -37,6 +38,7 @@ class ExpertEngine:
         owned: Sequence[int],
         num_experts: int,
         idle_beat_ns: int,
+        garbage: ManagedGc,
     ):
         """`owned` are the expert ids held here; `num_experts` is the id of the shared expert, if there is one.
 
@@ -51,6 +53,7 @@ class ExpertEngine:
         self._is_owned = np.isin(np.arange(num_experts + 1), self._owned)
         self._num_experts = num_experts
         self._idle_beat_ns = idle_beat_ns
+        self._garbage = garbage
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expert-hot-loop", daemon=True)
         self._log = structlog.get_logger()
@@ -94,8 +97,9 @@ class ExpertEngine:
                 arrivals = self._poll()
                 if arrivals:
                     self._serve(arrivals)
-                else:
-                    self._side.wait(timeout_ns=self._idle_beat_ns)
+                    self._garbage.turn()
+                elif not self._side.wait(timeout_ns=self._idle_beat_ns):
+                    self._garbage.idle()
         except BaseException as error:
             self.on_failure(error)
 

@@ -25,6 +25,7 @@ from bus.clock import NS_PER_MS, NS_PER_S, now_ns
 from bus.config import PodConfig
 from bus.control.member import Member
 from bus.errors import ConfigError
+from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
 from bus.xccl.group import AddressTable
 from bus.xccl.relay import RoutedExpert
@@ -86,6 +87,7 @@ async def serve(
     if model_config.has_shared_expert:
         owned.append(num_experts)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
+    garbage = ManagedGc(config.runtime.gc)
     engine = ExpertEngine(
         segment,
         side,
@@ -94,12 +96,14 @@ async def serve(
         owned=owned,
         num_experts=num_experts,
         idle_beat_ns=min(NS_PER_S, hang_ns // 4),
+        garbage=garbage,
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     engine.pod_map = lambda: member.pod_map
     engine.on_failure = thread_failure(failed)
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
     member.counters = engine.counters
+    garbage.take_over()
     engine.start()
     member.set_state("ready")
     try:

@@ -33,6 +33,7 @@ from bus.control.messages import ExecutorReady
 from bus.distflow.source import KvSource
 from bus.distflow.table import TransferLayout
 from bus.errors import ConfigError
+from bus.garbage import ManagedGc
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
 from services.model.attention_model import AttentionModel
@@ -135,18 +136,21 @@ async def serve(
         incarnation=member.incarnation,
         offers=Offers(source),
     )
+    garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
         executor,
         segment,
         ready,
         identity=member.identity,
         scheduler=lambda: member.lookup("shell", 0),
+        garbage=garbage,
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
     member.counters = lambda: {**executor.counters_now(), **asdict(source.counters)}
+    garbage.take_over()
     loop.start()
     member.set_state("ready")
     try:

@@ -30,6 +30,7 @@ from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
 from services.steps.offers import Offers
 from services.steps.rows import StepRows, check_plan, lay_out
+from services.steps.step_times import StepTimes
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -98,11 +99,13 @@ class StepExecutor:
         # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
         self._step_seq = (incarnation & 0xFFF) << 20
         self.counters = ExecutorCounters()
+        self._step_times = StepTimes()
 
     def counters_now(self) -> dict[str, int]:
         """Work counted where it happened, and what this worker holds of the model."""
         return {
             **asdict(self.counters),
+            **self._step_times.percentiles(),
             **self.experts.counters(),
             "kv_cache_bytes": self._kv.array.nbytes,
             "held_weight_bytes": self._model.weights.held_bytes,
@@ -135,11 +138,14 @@ class StepExecutor:
         sampled = self._sample_all(plan, rows, logits)
         self.counters.steps += 1
         self.counters.computed_tokens += rows.num_rows
+        duration_us = (time.monotonic_ns() - started) // 1000
+        if rows.num_rows == len(plan.sequences):  # else a prompt is computed
+            self._step_times.note(duration_us)
         return StepCompleted(
             step_id=plan.step_id,
             incarnation=incarnation,
             sampled=sampled,
-            duration_us=(time.monotonic_ns() - started) // 1000,
+            duration_us=duration_us,
             attempts=1 + self.experts.num_retries - num_retries,
         )
 

@@ -22,6 +22,7 @@ from bus.control.messages import (
     WithdrawOffers,
 )
 from bus.control.sockets import SyncDealer
+from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
 from services.steps.executor import ExpertsAway, StepAbandoned, StepExecutor
 
@@ -41,8 +42,10 @@ class HotLoop:
         *,
         identity: bytes,
         scheduler: Callable[[], Member | None],
+        garbage: ManagedGc,
     ):
         """`scheduler` returns the scheduler of this DP group as the newest pod map has it."""
+        self._garbage = garbage
         self._executor, self._segment, self._greeting = executor, segment, greeting
         self._identity, self._scheduler = identity, scheduler
         self._dealer: SyncDealer | None = None
@@ -102,9 +105,12 @@ class HotLoop:
             case StepPlan(scheduler_incarnation=self._followed):
                 self._greeted = True
                 self._answer(dealer, self._execute(message))
+                self._garbage.turn()
             case WithdrawOffers(scheduler_incarnation=self._followed, serials=serials):
                 if self._executor.offers is not None:
                     self._executor.offers.withdraw(serials)
+            case None if not self._num_offers():
+                self._garbage.idle()
         self._tell_ended(dealer)
 
     def _answer(self, dealer: SyncDealer, answer: StepCompleted | StepFailed | OffersEnded | None) -> None:

@@ -14,6 +14,8 @@ from services.bench.serve.workload import TRACE_KINDS
 SHORT_NAMES: Mapping[str, Mapping[str, str]] = {
     "colocated": {"topology.prefill_workers": "0"},
     "disaggregated": {"topology.prefill_workers": "1"},
+    "gc-auto": {"runtime.gc": "auto"},
+    "gc-managed": {"runtime.gc": "managed"},
     "cache-on": {"scheduler.enable_prefix_caching": "true"},
     "cache-off": {"scheduler.enable_prefix_caching": "false"},
 }

@@ -77,7 +77,7 @@ def run(plan: ServePlan, config: PodConfig, progress: Progress) -> Report:
     if plan.scenario == "long-prompt":
         return _long_prompt(plan, config, progress)
     if plan.scenario == "jitter":
-        plan = replace(plan, clients=plan.clients or JITTER_CLIENTS)
+        plan = replace(_compared(plan, "gc-auto", "gc-managed"), clients=plan.clients or JITTER_CLIENTS)
     return LoadReport(plan, facts(), play_loads(plan, config, progress))
 
 
@@ -160,9 +160,7 @@ class LongPromptReport:
 def _long_prompt(plan: ServePlan, config: PodConfig, progress: Progress) -> LongPromptReport:
     if plan.url:
         raise ConfigError("--scenario long-prompt starts its own pods; leave --url out")
-    if not any(variant.overrides for variant in plan.variants):
-        names = ("colocated", "disaggregated")
-        plan = replace(plan, variants=tuple(Variant(name, SHORT_NAMES[name]) for name in names))
+    plan = _compared(plan, "colocated", "disaggregated")
     with tempfile.TemporaryDirectory(prefix="xds-bench-") as scratch:
         config = _with_room(config, plan.long_tokens, Path(scratch))
         episodes = [Episodes(variant.label) for variant in plan.variants]
@@ -172,6 +170,13 @@ def _long_prompt(plan: ServePlan, config: PodConfig, progress: Progress) -> Long
                     progress(f"long prompt: {pod.label}, round {turn + 1} of {plan.rounds}")
                     complete(_episode(pod, one, plan, plan.seed + turn))
     return LongPromptReport(plan, facts(), episodes)
+
+
+def _compared(plan: ServePlan, *names: str) -> ServePlan:
+    """Return the plan with these ways where it names none and starts its pods itself."""
+    if plan.url or any(variant.overrides for variant in plan.variants):
+        return plan
+    return replace(plan, variants=tuple(Variant(name, SHORT_NAMES[name]) for name in names))
 
 
 def _with_room(config: PodConfig, long_tokens: int, scratch: Path) -> PodConfig:
