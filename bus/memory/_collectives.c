@@ -319,6 +319,9 @@ module_exec(PyObject *module)
 {
     PyType_Spec *specs[] = {&exchange_spec, &alltoall_spec};
     const char *names[] = {"Exchange", "AllToAll"};
+    if (alltoall_init_names() < 0) {
+        return -1;
+    }
     for (int i = 0; i < 2; i++) {
         PyObject *type = PyType_FromModuleAndSpec(module, specs[i], NULL);
         int outcome = type == NULL ? -1 : PyModule_AddObjectRef(module, names[i], type);

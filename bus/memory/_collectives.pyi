@@ -7,6 +7,8 @@ thread is inside the same Exchange). Calls that touch rows or wait release the G
 
 from typing import Any, TypeAlias
 
+from bus.clock import Deadline
+
 Buffer: TypeAlias = Any
 
 class Exchange:
@@ -88,6 +90,21 @@ class AllToAll:
         deadline_ns: int,
         /,
     ) -> int: ...
+    def swap(
+        self,
+        event: tuple[int, int, int, int],
+        array: Buffer,
+        counts: Buffer | None,
+        out: Buffer,
+        came: Buffer | None,
+        deadline: Deadline,
+        /,
+    ) -> Any:
+        """`exchange` in its common form: the rows, as `out` or its beginning, and in `came` how many came from each.
+
+        Without `counts` every rank gives one row. Otherwise a status; -6: not the common form, nothing was done. A
+        status >= 0, bytes received: they are there, but no row from each.
+        """
     def resume(self, out: Buffer | None, deadline_ns: int, /) -> int: ...
     def abandon(self) -> None: ...
     def counts(self, out: Buffer, /) -> None: ...

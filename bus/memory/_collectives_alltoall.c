@@ -5,7 +5,7 @@
  * back before it overwrites what they point to, and a receiver looks at them again after it has pulled, so bytes that
  * changed meanwhile are never taken for the ones that were announced.
  */
-#include "_collectives_group.h"
+#include "_collectives_alltoall.h"
 #include "_collectives_rows.h"
 
 #define LANES 3 /* pieces twice, done once */
@@ -13,31 +13,6 @@
 #define SMALL_BYTES 4096 /* up to here a copy costs less than the second meeting that it saves */
 #define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
-
-enum { PHASE_NONE, PHASE_ANNOUNCED, PHASE_COUNTED, PHASE_PULLED };
-enum { STATUS_REFUSED = -1, STATUS_WAITING = -2, STATUS_MOVED_ON = -3, STATUS_CORRUPT = -4, STATUS_NO_ROOM = -5 };
-
-typedef struct {
-    const char *bytes;
-    Py_ssize_t size;
-    uint64_t place; /* offset from the managed area, perhaps with ANSWER_ME */
-} piece_t;
-
-typedef struct {
-    PyObject_HEAD
-    group_t group;
-    Py_buffer *views; /* of what is being sent, held until the exchange ends */
-    Py_ssize_t num_views;
-    piece_t *pieces;
-    uint64_t *found, *answers;
-    uint8_t *state;
-    Py_ssize_t stage_bytes, app_at; /* of a half; of the app area from the managed area */
-    uint64_t event_id, num_sent;
-    Py_ssize_t row_bytes, total, culprit;
-    int phase;
-    int64_t poll_ns;
-    uint64_t num_exchanges, bytes_received, bytes_staged;
-} AllToAll;
 
 static void
 drop_views(AllToAll *self)
@@ -118,7 +93,21 @@ take_back(AllToAll *self, Py_ssize_t lane)
     __atomic_thread_fence(__ATOMIC_RELEASE); /* SYNC: piece-torn (w0 = 0 is visible before any new byte) */
 }
 
-/* Find the pieces in one buffer, cut by `counts` of rows. 0, -1 when they do not cover it, -2 with an exception. */
+int
+alltoall_cut(AllToAll *self, const char *at, Py_ssize_t left, const int64_t *num_rows)
+{
+    for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
+        if (num_rows[r] < 0 || num_rows[r] > left / self->row_bytes) {
+            return -1;
+        }
+        self->pieces[r] = (piece_t){at, num_rows[r] * self->row_bytes, 0};
+        at += self->pieces[r].size;
+        left -= self->pieces[r].size;
+    }
+    return left == 0 ? 0 : -1;
+}
+
+/* The pieces lie in one buffer, cut by `counts` of rows. 0, -1 when they do not cover it, -2 with an exception. */
 static int
 cut(AllToAll *self, PyObject *array, PyObject *counts)
 {
@@ -131,20 +120,9 @@ cut(AllToAll *self, PyObject *array, PyObject *counts)
     if (num_rows == NULL) {
         return -2;
     }
-    const char *at = self->views[0].buf;
-    Py_ssize_t left = self->views[0].len;
-    int outcome = 0;
-    for (Py_ssize_t r = 0; r < self->group.num_ranks && outcome == 0; r++) {
-        if (num_rows[r] < 0 || num_rows[r] > left / self->row_bytes) {
-            outcome = -1;
-            break;
-        }
-        self->pieces[r] = (piece_t){at, num_rows[r] * self->row_bytes, 0};
-        at += self->pieces[r].size;
-        left -= self->pieces[r].size;
-    }
+    int outcome = alltoall_cut(self, self->views[0].buf, self->views[0].len, num_rows);
     PyBuffer_Release(&sizes);
-    return left == 0 ? outcome : -1;
+    return outcome;
 }
 
 /* The pieces are the buffers of a list. */
@@ -180,9 +158,8 @@ stage_piece(const AllToAll *self, piece_t *piece, Py_ssize_t *staged)
     return 0;
 }
 
-/* Give every piece its place: where it lies in the app area, or in the half of this exchange. -1: no room. */
-static int
-place_pieces(AllToAll *self)
+int
+alltoall_place(AllToAll *self)
 {
     const peer_t *own = &self->group.peers[self->group.rank];
     const char *managed = own->base + own->managed;
@@ -210,11 +187,12 @@ place_pieces(AllToAll *self)
     return 0;
 }
 
-static void
-send_pieces(AllToAll *self)
+void
+alltoall_send(AllToAll *self, uint64_t event_id)
 {
     group_t *group = &self->group;
     const peer_t *own = &group->peers[group->rank];
+    self->event_id = event_id;
     take_back(self, lane_of(self));
     for (Py_ssize_t i = 1; i < group->num_ranks; i++) {
         Py_ssize_t r = group_other(group, i);
@@ -227,6 +205,7 @@ send_pieces(AllToAll *self)
         FAULT("staged");
         group_tell(group, r, lane_of(self), self->event_id, piece->place, (uint64_t)piece->size);
     }
+    group_ring(group);
     self->state[group->rank] = ARRIVED;
     self->found[2 * group->rank] = 0;
     self->found[2 * group->rank + 1] = (uint64_t)self->pieces[group->rank].size;
@@ -323,20 +302,24 @@ pull_pieces(AllToAll *self, char *out)
 static void
 answer_pieces(AllToAll *self)
 {
+    int asked = 0;
     group_t *group = &self->group;
     for (Py_ssize_t i = 1; i < group->num_ranks; i++) {
         Py_ssize_t r = group_other(group, i);
         if (self->found[2 * r] & ANSWER_ME) {
+            asked = 1;
             group_tell(group, r, LANE_DONE, self->event_id, 0, 0);
         }
         self->state[r] = self->pieces[r].place & ANSWER_ME ? AWAITED : ARRIVED;
     }
+    if (asked) {
+        group_ring(group);
+    }
     self->phase = PHASE_PULLED;
 }
 
-/* Do what is left of the exchange; the bytes received, or a status. */
-static Py_ssize_t
-go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
+Py_ssize_t
+alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
 {
     int64_t now = now_ns(), until = deadline - now < self->poll_ns ? deadline : now + self->poll_ns;
     Py_ssize_t status = 0;
@@ -361,6 +344,23 @@ go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
     return status == 0 ? self->total : status;
 }
 
+void
+alltoall_clear(AllToAll *self)
+{
+    drop_views(self);
+    self->phase = PHASE_NONE;
+}
+
+void
+alltoall_end(AllToAll *self, Py_ssize_t status)
+{
+    if (status >= 0) {
+        self->num_exchanges++;
+        self->bytes_received += (uint64_t)status;
+        alltoall_clear(self);
+    }
+}
+
 static PyObject *
 run(AllToAll *self, PyObject *target, PyObject *time)
 {
@@ -373,19 +373,14 @@ run(AllToAll *self, PyObject *target, PyObject *time)
     Py_ssize_t status;
     self->group.busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    status = go_on(self, out.buf, target == Py_None ? 0 : out.len,
+    status = alltoall_go_on(self, out.buf, target == Py_None ? 0 : out.len,
                    deadline > INT64_MAX / 2 ? INT64_MAX / 2 : (int64_t)deadline);
     Py_END_ALLOW_THREADS
     self->group.busy = 0;
     if (target != Py_None) {
         PyBuffer_Release(&out);
     }
-    if (status >= 0) {
-        self->phase = PHASE_NONE;
-        self->num_exchanges++;
-        self->bytes_received += (uint64_t)status;
-        drop_views(self);
-    }
+    alltoall_end(self, status);
     return PyLong_FromSsize_t(status);
 }
 
@@ -413,18 +408,16 @@ AllToAll_exchange(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
         parse_index(args[3], "row_bytes", PY_SSIZE_T_MAX / 2, &row_bytes) < 0) {
         return NULL;
     }
-    drop_views(self);
-    self->phase = PHASE_NONE;
+    alltoall_clear(self);
     self->row_bytes = row_bytes > 0 ? row_bytes : 1;
     int outcome = PyList_Check(args[1]) ? take_parts(self, args[1]) : cut(self, args[1], args[2]);
-    if (outcome < 0 || place_pieces(self) < 0) {
+    if (outcome < 0 || alltoall_place(self) < 0) {
         drop_views(self);
         return outcome < -1 ? NULL : PyLong_FromSsize_t(outcome < 0 ? STATUS_REFUSED : STATUS_NO_ROOM);
     }
-    self->event_id = event_id;
     self->group.busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    send_pieces(self);
+    alltoall_send(self, event_id);
     Py_END_ALLOW_THREADS
     self->group.busy = 0;
     return run(self, args[4], args[5]);
@@ -455,9 +448,9 @@ AllToAll_abandon(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
             Py_ssize_t r = group_other(&self->group, i), lane = (Py_ssize_t)((self->num_sent - 1) & 1);
             group_tell(&self->group, r, lane, self->event_id, WITHDRAWN, 0);
         }
+        group_ring(&self->group);
     }
-    self->phase = PHASE_NONE;
-    drop_views(self);
+    alltoall_clear(self);
     Py_RETURN_NONE;
 }
 
@@ -511,12 +504,13 @@ static PyObject *
 AllToAll_stats(AllToAll *self, PyObject *unused)
 {
     const group_t *group = &self->group;
-    return Py_BuildValue("{sKsKsKsKsKsKsKsK}", "exchanges", (unsigned long long)self->num_exchanges, "bytes_received",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsK}", "exchanges", (unsigned long long)self->num_exchanges, "bytes_received",
                          (unsigned long long)self->bytes_received, "bytes_staged",
                          (unsigned long long)self->bytes_staged, "cell_writes", (unsigned long long)group->writes,
                          "waits", (unsigned long long)group->waits, "relax_wins",
                          (unsigned long long)group->relax_wins, "yield_wins", (unsigned long long)group->yield_wins,
-                         "sleeps", (unsigned long long)group->sleeps);
+                         "sleeps", (unsigned long long)group->sleeps,
+                         "moves", (unsigned long long)group->moves);
 }
 
 #define METHOD(name, doc) {#name, (PyCFunction)(void (*)(void))AllToAll_##name, METH_FASTCALL, doc}
@@ -525,6 +519,8 @@ static PyMethodDef alltoall_methods[] = {
     METHOD(set_peer, "set_peer(rank, buf, incarnation, cells_offset, managed_offset)."),
     METHOD(drop_peer, "drop_peer(rank)."),
     METHOD(exchange, "exchange(event_id, array or list, counts, row_bytes, out, deadline_ns) -> bytes, or a status."),
+    {"swap", (PyCFunction)(void (*)(void))alltoall_swap, METH_FASTCALL,
+     "swap(event, array, counts or None, out, came, deadline) -> rows, or a status."},
     METHOD(resume, "resume(out, deadline_ns) -> bytes, or a status."),
     METHOD(abandon, "abandon(): give the open exchange up."),
     METHOD(counts, "counts(out): rows that came from each rank."),

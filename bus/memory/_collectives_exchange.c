@@ -313,6 +313,7 @@ announce(Exchange *self, Py_ssize_t microbatch)
             group_tell(group, r, lane, batch->event_id, extent, (uint64_t)batch->num_tokens);
         }
     }
+    group_ring(group);
     batch->phase = PHASE_COUNTED;
 }
 
@@ -454,6 +455,7 @@ answer(Exchange *self, Py_ssize_t microbatch, const float *y)
             group_tell(group, r, microbatch * LANES + LANE_COMBINE, batch->event_id, count, 0);
         }
     }
+    group_ring(group);
     for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
         int owes = batch->starts[(r + 1) * self->num_local] > batch->starts[r * self->num_local];
         batch->state[r] = r != group->rank && owes ? AWAITED : ARRIVED;
@@ -592,12 +594,12 @@ static PyObject *
 Exchange_stats(Exchange *self, PyObject *unused)
 {
     const group_t *group = &self->group;
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsK}", "dispatches", (unsigned long long)self->dispatches, "combines",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}", "dispatches", (unsigned long long)self->dispatches, "combines",
                          (unsigned long long)self->combines, "rows_sent", (unsigned long long)self->rows_sent,
                          "rows_received", (unsigned long long)self->rows_received, "cell_writes",
                          (unsigned long long)group->writes, "waits", (unsigned long long)group->waits, "relax_wins",
                          (unsigned long long)group->relax_wins, "yield_wins", (unsigned long long)group->yield_wins,
-                         "sleeps", (unsigned long long)group->sleeps);
+                         "sleeps", (unsigned long long)group->sleeps, "moves", (unsigned long long)group->moves);
 }
 
 #define METHOD(name, doc) {#name, (PyCFunction)(void (*)(void))Exchange_##name, METH_FASTCALL, doc}

@@ -9,6 +9,7 @@
 #define SCORE_LOW (SCORE_MAX / 8)
 #define PROBE_MIN 32
 #define PROBE_MAX 4096
+#define SPIN_ROUNDS 20 /* about as long as it takes to switch to another process and back */
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
@@ -96,7 +97,7 @@ group_set_peer(group_t *group, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     drop_peer(group, &group->peers[rank]);
-    group->peers[rank] = (peer_t){view, view.buf, cells, managed, incarnation};
+    group->peers[rank] = (peer_t){view, view.buf, cells, managed, incarnation, 0};
     group->num_connected++;
     Py_RETURN_NONE;
 }
@@ -119,13 +120,11 @@ bell_of(const group_t *group, Py_ssize_t rank)
     return (uint32_t *)(group->peers[rank].base + DOORBELL_OFFSET);
 }
 
+/* Ring for somebody who sleeps. */
 static void
-ring_patiently(uint32_t *bell)
+ring_sleepers(uint32_t *bell)
 {
     uint32_t seq = __atomic_add_fetch(&bell[BELL_SEQ], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
-    if (__atomic_load_n(&bell[BELL_SLEEPERS], __ATOMIC_SEQ_CST) == 0) {      /* SYNC: doorbell */
-        return;
-    }
     /* A waiter for several ranks need not be woken before as many rings as it lacks ranks. */
     int patient = __atomic_load_n(&bell[BELL_PATIENT], __ATOMIC_SEQ_CST) != 0;
     if (!patient || (int32_t)(seq - __atomic_load_n(&bell[BELL_WAKE_AT], __ATOMIC_SEQ_CST)) >= 0) {
@@ -137,54 +136,100 @@ uint64_t
 group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w1, uint64_t w2, uint64_t w3)
 {
     group->writes++;
+    group->peers[rank].is_told = 1;
     uint64_t incarnation = group->peers[group->rank].incarnation & 0xFFFFFF;
     const uint64_t words[CELL_WORDS] = {incarnation << COUNTER_BITS | (group->writes & COUNTER_MASK), w1, w2, w3};
     store_cell(group_cell(group, rank, group->rank, lane), words);
     FAULT("published");
-    ring_patiently(bell_of(group, rank));
-    FAULT("rung");
     return words[0];
+}
+
+/* A waiter that polls looks at its cells, so without a sleeper nothing is written. Either we see the sleeper's mark, or
+ * the sleeper, which looks once more behind its mark, sees the cell. */
+void
+group_ring(group_t *group)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* SYNC: bell-quiet */
+    for (Py_ssize_t i = 1; i < group->num_ranks; i++) {
+        Py_ssize_t r = group_other(group, i);
+        if (group->peers[r].is_told) {
+            uint32_t *bell = bell_of(group, r);
+            group->peers[r].is_told = 0;
+            if (__atomic_load_n(&bell[BELL_SLEEPERS], __ATOMIC_RELAXED) != 0) { /* SYNC: bell-quiet */
+                ring_sleepers(bell);
+            }
+            FAULT("rung");
+        }
+    }
 }
 
 /* ---------------------------------------------------------------- waiting */
 
+/* What a waiter waits for. */
+typedef struct {
+    Py_ssize_t lane;
+    int num_lanes;
+    uint64_t event_id;
+    uint8_t *state;
+    uint64_t *found;
+} wanted_t;
+
 /* Look at one awaited rank's cells, lane after lane. A later event means that it gave this one up only if a second look
  * does not find this one: it may have published both since the lane of this one was looked at. */
 static uint8_t
-look(const group_t *group, Py_ssize_t rank, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint64_t *found)
+look(const group_t *group, const wanted_t *wanted, Py_ssize_t rank)
 {
     uint8_t state = AWAITED;
+    int num_lanes = wanted->num_lanes;
     for (Py_ssize_t i = 0; i < (state == AWAITED ? num_lanes : 2 * num_lanes); i++) {
         uint64_t words[CELL_WORDS];
-        int is_whole = load_cell(group_cell(group, group->rank, rank, lane + i % num_lanes), words);
+        int is_whole = load_cell(group_cell(group, group->rank, rank, wanted->lane + i % num_lanes), words);
         FAULT("looked");
         if (!is_whole || words[0] >> COUNTER_BITS != (group->peers[rank].incarnation & 0xFFFFFF)) {
             continue;
         }
-        if (words[1] == event_id) {
-            found[0] = words[2];
-            found[1] = words[3];
+        if (words[1] == wanted->event_id) {
+            wanted->found[2 * rank] = words[2];
+            wanted->found[2 * rank + 1] = words[3];
             return ARRIVED;
         }
-        if ((int64_t)(words[1] - event_id) > 0) {
+        if ((int64_t)(words[1] - wanted->event_id) > 0) {
             state = MOVED_ON;
         }
     }
     return state;
 }
 
+/* Look at all awaited ranks; returns how many are awaited still, or -1 - rank of the first that moved on. */
 static Py_ssize_t
-look_at_all(const group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state, uint64_t *found)
+look_at_all(const group_t *group, const wanted_t *wanted)
 {
     Py_ssize_t moved = -1, awaited = 0;
+    uint8_t *state = wanted->state;
     for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
         if (state[r] == AWAITED) {
-            state[r] = look(group, r, lane, num_lanes, event_id, &found[2 * r]);
-            awaited += state[r] == AWAITED;
-            moved = state[r] == MOVED_ON && moved < 0 ? r : moved;
+            state[r] = look(group, wanted, r);
         }
+        awaited += state[r] == AWAITED;
+        moved = state[r] == MOVED_ON && moved < 0 ? r : moved;
     }
     return moved >= 0 ? -1 - moved : awaited;
+}
+
+/* Whether nobody is awaited any more, or one has moved on; *rank is the first that is awaited, at or behind the given. */
+static inline int
+is_over(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
+{
+    for (; *rank < group->num_ranks; ++*rank) {
+        uint8_t *state = &wanted->state[*rank];
+        if (*state == AWAITED && (*state = look(group, wanted, *rank)) == AWAITED) {
+            return 0;
+        }
+        if (*state == MOVED_ON) {
+            return 1;
+        }
+    }
+    return 1;
 }
 
 static int
@@ -207,20 +252,24 @@ learn(habit_t *habit, uint64_t wait, int won)
     habit->probe_at = wait + habit->interval;
 }
 
-/* All awaited ranks may have rung: each of them rings once after `seen` was read, or its cell had been visible. */
-static inline int
-has_rung(const uint32_t *bell, uint32_t seen, Py_ssize_t awaited)
+/* Whether an awaited rank, at or behind `rank`, last waited on this core: then it cannot come while we poll here. */
+static int
+holds_up(const group_t *group, const wanted_t *wanted, Py_ssize_t rank)
 {
-    uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_ACQUIRE); /* SYNC: word */
-    return (Py_ssize_t)(seq - seen) >= awaited;
+    for (; rank < group->num_ranks; rank++) {
+        if (wanted->state[rank] == AWAITED && group_place(group, rank) == group->place) {
+            return 1;
+        }
+    }
+    return 0;
 }
 
 /* Poll without giving the core away: pays when every awaited rank has a core of its own. */
 static int
-poll_relaxing(const uint32_t *bell, uint32_t seen, Py_ssize_t awaited)
+poll_relaxing(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
 {
     for (int round = 0; round < RELAX_ROUNDS; round++) {
-        if (has_rung(bell, seen, awaited)) {
+        if (is_over(group, wanted, rank)) {
             return 1;
         }
         cpu_relax();
@@ -228,13 +277,30 @@ poll_relaxing(const uint32_t *bell, uint32_t seen, Py_ssize_t awaited)
     return 0;
 }
 
+/* Poll for a moment, if all that are awaited run on other cores; whether that ended the wait. */
+static int
+spin_for_others(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
+{
+    if (holds_up(group, wanted, *rank)) {
+        return 0;
+    }
+    for (int round = 0; round < SPIN_ROUNDS; round++) {
+        cpu_relax();
+        if (is_over(group, wanted, rank)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
 /* Poll and give the core away in between. A yield that was answered too late counts as lost: others want the core. */
 static int
-poll_yielding(const uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t limit, int64_t until)
+poll_yielding(group_t *group, const wanted_t *wanted, Py_ssize_t *rank, int64_t until)
 {
     int64_t begin = now_ns(), now = begin;
-    while (now - begin <= limit && now < until) {
-        if (has_rung(bell, seen, awaited)) {
+    group_spread(group, begin);
+    while (now - begin <= group->yield_ns && now < until) {
+        if (is_over(group, wanted, rank) || spin_for_others(group, wanted, rank)) {
             return 1;
         }
         sched_yield();
@@ -243,17 +309,40 @@ poll_yielding(const uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t l
     return 0;
 }
 
-/* Sleep until `awaited` more rings; returns whether a signal came. */
+/* Poll by the ways that have paid so far; whether that ended the wait. */
 static int
-sleep_for(group_t *group, uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t until)
+poll_cells(group_t *group, const wanted_t *wanted, int64_t until)
+{
+    Py_ssize_t rank = 0;
+    group->waits++;
+    if (group->yield_ns > 0 && is_worth_it(&group->relax, group->waits) && !holds_up(group, wanted, 0)) {
+        int won = poll_relaxing(group, wanted, &rank);
+        learn(&group->relax, group->waits, won);
+        group->relax_wins += (uint64_t)won;
+        if (won) {
+            return 1;
+        }
+    }
+    if (group->yield_ns > 0 && is_worth_it(&group->yield, group->waits)) {
+        int won = poll_yielding(group, wanted, &rank, until);
+        learn(&group->yield, group->waits, won);
+        group->yield_wins += (uint64_t)won;
+        if (won) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Sleep until `awaited` rings have come after `seen`; returns whether a signal came. */
+static int
+sleep_for(uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t until)
 {
     struct timespec at = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
-    int error = 0;
-    group->sleeps++;
     __atomic_store_n(&bell[BELL_WAKE_AT], seen + (uint32_t)awaited, __ATOMIC_SEQ_CST);
     __atomic_store_n(&bell[BELL_PATIENT], 1, __ATOMIC_SEQ_CST);
-    __atomic_fetch_add(&bell[BELL_SLEEPERS], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
     uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+    int error = 0;
     while ((Py_ssize_t)(seq - seen) < awaited) {
         if (syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seq, &at, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
             errno != EAGAIN) {
@@ -262,45 +351,41 @@ sleep_for(group_t *group, uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int
         }
         seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
     }
-    __atomic_fetch_sub(&bell[BELL_SLEEPERS], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
     __atomic_store_n(&bell[BELL_PATIENT], 0, __ATOMIC_SEQ_CST);
     return error == EINTR;
 }
 
-/* One wait for rings, by the ways that have paid so far; returns whether a signal came. */
-static int
-await_rings(group_t *group, uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t until)
+/* Mark this waiter as asleep, look again, and sleep until each awaited rank has rung, which it does once it sees the
+ * mark. Returns how many are awaited, or -1 - rank of one that moved on; *is_signalled = a signal came. */
+static Py_ssize_t
+sleep_for_cells(group_t *group, const wanted_t *wanted, int64_t until, int *is_signalled)
 {
-    group->waits++;
-    if (group->yield_ns > 0 && is_worth_it(&group->relax, group->waits)) {
-        int won = poll_relaxing(bell, seen, awaited);
-        learn(&group->relax, group->waits, won);
-        group->relax_wins += (uint64_t)won;
-        if (won) {
-            return 0;
-        }
+    uint32_t *bell = bell_of(group, group->rank);
+    __atomic_fetch_add(&bell[BELL_SLEEPERS], 1, __ATOMIC_SEQ_CST); /* SYNC: bell-quiet */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);                       /* SYNC: bell-quiet */
+    uint32_t seen = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_ACQUIRE); /* SYNC: word */
+    Py_ssize_t awaited = look_at_all(group, wanted);
+    if (awaited > 0) {
+        group->sleeps++;
+        *is_signalled = sleep_for(bell, seen, awaited, until);
     }
-    if (group->yield_ns > 0 && is_worth_it(&group->yield, group->waits)) {
-        int won = poll_yielding(bell, seen, awaited, group->yield_ns, until);
-        learn(&group->yield, group->waits, won);
-        group->yield_wins += (uint64_t)won;
-        if (won) {
-            return 0;
-        }
-    }
-    return sleep_for(group, bell, seen, awaited, until);
+    __atomic_fetch_sub(&bell[BELL_SLEEPERS], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
+    return awaited;
 }
 
 Py_ssize_t
 group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state, uint64_t *found,
             int64_t until)
 {
-    uint32_t *bell = bell_of(group, group->rank);
+    const wanted_t wanted = {lane, num_lanes, event_id, state, found};
+    int is_signalled = 0;
     for (;;) {
-        uint32_t seen = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_ACQUIRE); /* SYNC: word */
-        Py_ssize_t awaited = look_at_all(group, lane, num_lanes, event_id, state, found);
-        if (awaited <= 0 || now_ns() >= until || await_rings(group, bell, seen, awaited, until)) {
+        Py_ssize_t awaited = look_at_all(group, &wanted);
+        if (awaited <= 0 || now_ns() >= until || is_signalled) {
             return awaited; /* after a signal Python runs its handlers and calls again */
+        }
+        if (!poll_cells(group, &wanted, until)) {
+            sleep_for_cells(group, &wanted, until, &is_signalled);
         }
     }
 }

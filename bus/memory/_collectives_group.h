@@ -7,6 +7,8 @@
 #define COUNTER_BITS 40
 #define COUNTER_MASK ((1ULL << COUNTER_BITS) - 1)
 
+#define PLACE_OFFSET 264 /* u32: 1 + the core on which the owner of the segment waits, 0 = not known */
+
 /* What a rank is to a waiter. */
 #define ARRIVED 0
 #define AWAITED 1
@@ -17,6 +19,7 @@ typedef struct {
     char *base; /* NULL: not connected */
     Py_ssize_t cells, managed;
     uint64_t incarnation;
+    int is_told; /* a cell was written there since the last ring */
 } peer_t;
 
 /* What a waiter has learned about one way of polling. */
@@ -30,9 +33,11 @@ typedef struct {
     peer_t *peers;
     Py_ssize_t rank, num_ranks, num_lanes, num_connected;
     Py_ssize_t shared_bytes; /* of each segment, from `managed` on */
-    uint64_t writes, waits, relax_wins, yield_wins, sleeps;
+    uint64_t writes, waits, relax_wins, yield_wins, sleeps, moves;
     int64_t yield_ns; /* longest burst of yielding */
     habit_t relax, yield;
+    uint32_t place;    /* what was last stored at PLACE_OFFSET */
+    int64_t spread_at, spread_ns; /* when to look at the places of all ranks, how long after that again */
     int busy; /* a call has released the GIL */
 } group_t;
 
@@ -48,8 +53,11 @@ PyObject *group_drop_peer(group_t *group, PyObject *const *args, Py_ssize_t narg
 /* Every method begins here: the object is whole, no other thread is inside, and all ranks are connected if need be. */
 int group_enter(const group_t *group, const char *name, Py_ssize_t given, Py_ssize_t wanted, int all);
 
-/* Write the own cell of `lane` at `rank` and ring there. Returns the stamp. */
+/* Write the own cell of `lane` at `rank`. Returns the stamp. `group_ring` must follow. */
 uint64_t group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w1, uint64_t w2, uint64_t w3);
+
+/* Ring at all ranks that were told something since the last ring. */
+void group_ring(group_t *group);
 
 /* Wait until no rank is AWAITED in `state`, one has MOVED_ON, or `until` has come.
  *
@@ -58,6 +66,10 @@ uint64_t group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w
  * is not needed. */
 Py_ssize_t group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state,
                        uint64_t *found, int64_t until);
+
+/* _collectives_spread.c: say on which core this rank runs, and now and then, when too many ranks of the group share it,
+ * move to one with fewer. */
+void group_spread(group_t *group, int64_t now);
 
 /* The cell that `writer` writes in `owner`'s metadata. */
 static inline uint64_t *
@@ -73,6 +85,13 @@ group_other(const group_t *group, Py_ssize_t i)
 {
     Py_ssize_t rank = group->rank + i;
     return rank < group->num_ranks ? rank : rank - group->num_ranks;
+}
+
+/* 1 + the core on which `rank` last waited, 0 = not known. */
+static inline uint32_t
+group_place(const group_t *group, Py_ssize_t rank)
+{
+    return __atomic_load_n((uint32_t *)(group->peers[rank].base + PLACE_OFFSET), __ATOMIC_RELAXED);
 }
 
 static inline int32_t

@@ -18,7 +18,7 @@ pairs):
       +--------+------------+----------------+---------------+------------+-----------+-------------+
       | cells  | num_cells  | managed_offset | managed_bytes | app_offset | app_bytes | total_bytes |  u64
       +--------+------------+----------------+---------------+------------+-----------+-------------+
-    128 doorbell: seq u32, sleepers u32, patient u32, wake_at u32     256 heartbeat u64, ns     384 ready u32
+    128 doorbell: seq u32, sleepers u32, patient u32, wake_at u32     256 heartbeat u64, ns; place u32     384 ready u32
 
 Cell of (peer, lane) = metadata + (peer * num_lanes + lane) * 64:
 
@@ -38,6 +38,7 @@ Memory order. "owner" is the process that created the segment; "peer p" is the o
 | doorbell patient  | owner                | ringers   | seq_cst; 1 = a waiter needs several rings           |
 | doorbell wake_at  | owner                | ringers   | seq_cst; seq from which a patient waiter is woken   |
 | heartbeat         | owner                | all       | release / acquire, SYNC: word                       |
+| place             | owner                | its group | relaxed; 1 + the core where it polls, a hint        |
 | cell w0 of peer p | peer p               | owner     | release / acquire, SYNC: cell-whole                 |
 | cell w1..w3       | peer p               | owner     | relaxed between the fences of SYNC: cell-torn       |
 | ring slot bytes   | its sender           | owner     | plain, published by the ring's tail                 |

@@ -11,7 +11,8 @@ copies what is for it straight from the other segments.
     5. tell the ranks whose piece came straight from their app area; wait for those that pull from ours
 
 Pieces of more than 4 KiB in arrays made with `area` travel with one copy, all others with two. When a call returns, the
-arrays that were sent may be written again. Twin: `bus.xccl.reference.all_to_all`.
+arrays that were sent may be written again. With `out`, a call of `exchange` or `exchange_fixed` is one call of C. Twin:
+`bus.xccl.reference.all_to_all`.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from bus.memory.segment import Segment
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
-from bus.xccl.members import NO_ROOM, REFUSED, Members
+from bus.xccl.members import NO_ROOM, REFUSED, UNCOMMON, Members
 
 Array = npt.NDArray[Any]
 Counts = npt.NDArray[np.int64]
+Row = tuple[np.dtype[Any], tuple[int, ...]]  # what the rows of an array are
 
 NUM_LANES = 3  # pieces twice, in turn; done once
 _INT64 = np.dtype(np.int64)
@@ -90,7 +92,8 @@ class AllToAll:
     ) -> None:
         settings, layout = config or XcclConfig(), segment.layout
         app_at = layout.app_offset - layout.managed_offset
-        self._segment, self._shape, self._rank = segment, shape, rank
+        self._segment, self._shape, self._rank, self._table = segment, shape, rank, table
+        self._num_ranks = shape.num_ranks
         self._native = _collectives.AllToAll(
             rank,
             shape.num_ranks,
@@ -124,7 +127,7 @@ class AllToAll:
             counts: [num_ranks] int64, adding up to num_rows. Zero is normal.
             event: names the exchange, the same on all ranks, later than the one before.
             deadline: by then every rank must have come.
-            out: at least as many rows as come, of the dtype and row shape of `array`; None = a new array.
+            out: at least as many rows as come, of the dtype and row shape of `array`; None = a new array (slower).
 
         Returns:
             (rows, counts): rows [sum(counts), ...] in order of the giving rank, the beginning of `out` if given; counts
@@ -139,6 +142,13 @@ class AllToAll:
         Order: all ranks exchange the same events in the same order. Blocks: yes; releases the GIL.
         Twin: `bus.xccl.reference.all_to_all`.
         """
+        if self._members.version == self._table.version and out is not None:
+            came = np.empty(self._num_ranks, _INT64)
+            found = self._native.swap(event, array, counts, out, came, deadline)
+            if not isinstance(found, int):
+                return found, came
+            if found != UNCOMMON:
+                return self._complete(found, self._check_array("array", array), event.pack(), deadline, out)
         row = self._check_array("array", array)
         if (
             counts.dtype != _INT64
@@ -176,17 +186,26 @@ class AllToAll:
 
         array: [num_ranks, ...], and so is the result. All ranks give parts of one size. Otherwise as `exchange`.
         """
+        status = UNCOMMON
+        if self._members.version == self._table.version and out is not None:
+            found: Array | int = self._native.swap(event, array, None, out, None, deadline)
+            if not isinstance(found, int):
+                return found
+            status = found
         row = self._check_array("array", array)
-        if array.shape[0] != self._shape.num_ranks:
+        if status != UNCOMMON:
+            rows, counts = self._complete(status, row, event.pack(), deadline, out)
+        elif array.shape[0] == self._shape.num_ranks:
+            ones = np.ones(self._shape.num_ranks, np.int64)
+            rows, counts = self._run(array, ones, row, event, deadline, out)
+        else:
             raise ValueError(f"array: {list(array.shape)} must have {self._shape.num_ranks} parts")
-        ones = np.ones(self._shape.num_ranks, np.int64)
-        rows, counts = self._run(array, ones, row, event, deadline, out)
         if (counts != 1).any():
             text = f"gave {counts.tolist()} parts instead of one each"
             raise self._members.corrupt(text, int(np.argmax(counts != 1)), event.pack())
         return rows
 
-    def _check_array(self, name: str, array: Array) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    def _check_array(self, name: str, array: Array) -> Row:
         """Return what the rows are."""
         if array.ndim == 0 or not array.flags.c_contiguous or array.dtype.kind not in "biufc":
             text = f"{name}: {array.dtype}{list(array.shape)}"
@@ -197,12 +216,12 @@ class AllToAll:
         self,
         array: Array | list[Array],
         counts: Counts | None,
-        row: tuple[np.dtype[Any], tuple[int, ...]],
+        row: Row,
         event: Event,
         deadline: Deadline,
         out: Array | None,
     ) -> tuple[Array, Counts]:
-        event_id, row_bytes = event.pack(), row[0].itemsize * (math.prod(row[1]) if row[1] else 1)
+        event_id, row_bytes = event.pack(), _row_bytes(row)
         if row_bytes == 0:
             raise ValueError(f"array: rows of {row[0]}{list(row[1])} have no bytes")
         if out is not None and (self._check_array("out", out) != row or not out.flags.writeable):
@@ -214,6 +233,14 @@ class AllToAll:
         status = self._native.exchange(event_id, array, counts, row_bytes, out, deadline.at_ns)
         if status < 0:
             self._refuse(status, counts, event_id)
+        return self._complete(status, row, event_id, deadline, out)
+
+    def _complete(
+        self, status: int, row: Row, event_id: int, deadline: Deadline, out: Array | None
+    ) -> tuple[Array, Counts]:
+        """Go on with an exchange that was begun and did not end at once, or return what it brought."""
+        row_bytes = _row_bytes(row)
+        if status < 0:
             out = self._finish(status, row, row_bytes, event_id, deadline, out)
             status = self._native.total
         elif out is None:
@@ -236,7 +263,7 @@ class AllToAll:
     def _finish(
         self,
         status: int,
-        row: tuple[np.dtype[Any], tuple[int, ...]],
+        row: Row,
         row_bytes: int,
         event_id: int,
         deadline: Deadline,
@@ -267,3 +294,7 @@ class AllToAll:
     def close(self) -> None:
         """Let go of all mappings. The segment and the table stay the caller's."""
         self._members.close()
+
+
+def _row_bytes(row: Row) -> int:
+    return row[0].itemsize * (math.prod(row[1]) if row[1] else 1)

@@ -326,7 +326,8 @@ class Dispatcher:
         """Return counters by name.
 
         cell_writes: metadata writes at peers. waits: how often something was missing; of these, relax_wins and
-        yield_wins ended while polling and sleeps reached the kernel.
+        yield_wins ended while polling and sleeps reached the kernel. moves: how
+        often this rank went to another core (see bus/README.md, "Waiting for n ranks").
         """
         return {**self._native.stats(), "failures": self._num_failures}
 

@@ -15,7 +15,7 @@ from bus.memory.segment import Segment
 from bus.xccl.endpoint import Rank
 from bus.xccl.group import AddressTable
 
-REFUSED, WAITING, MOVED_ON, CORRUPT, NO_ROOM = -1, -2, -3, -4, -5  # statuses of the extension
+REFUSED, WAITING, MOVED_ON, CORRUPT, NO_ROOM, UNCOMMON = range(-1, -7, -1)  # statuses of the extension
 _RANK_AWAITED, _RANK_MOVED_ON = 1, 2
 
 
@@ -28,7 +28,7 @@ class Members:
     def __init__(self, native: Native, segment: Segment, rank: int, ranks: list[Rank], table: AddressTable):
         self._native, self._rank, self._ranks, self._table = native, rank, ranks, table
         self.name = str(ranks[rank])
-        self._version = -1  # of the table, when all ranks were connected
+        self.version = -1  # of the table, when all ranks were connected
         self._connected = [segment.incarnation if r == rank else 0 for r in range(len(ranks))]
         self._found_dead: tuple[int, set[int]] = (0, set())  # event, ranks that get a last look
         self._set_peer(rank, segment)
@@ -42,7 +42,7 @@ class Members:
     @property
     def is_current(self) -> bool:
         """Whether nothing was learned since all ranks were connected."""
-        return self._version == self._table.version
+        return self.version == self._table.version
 
     def connect(self, event_id: int) -> None:
         """Map whoever is new. Raises PeerDied, SegmentCorrupt."""
@@ -57,7 +57,7 @@ class Members:
             except ValueError as error:
                 raise self.corrupt(str(error), index, event_id) from error
             self._connected[index] = segment.incarnation
-        self._version = version
+        self.version = version
 
     def judge(self, status: int, states: bytes, event_id: int, deadline: Deadline) -> int:
         """Raise what a status means, or return until when to wait on (monotonic ns; 0 = just look again).

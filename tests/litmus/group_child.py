@@ -165,8 +165,9 @@ class Plain(Member):
             there = self.side.area((len(array), 4 * wide), np.int32)
             there[:] = np.tile(array, wide)
             array = there
+        out = np.empty((20, 4 * wide), np.int32) if step % 4 < 2 else None  # both ways of a call
         came, _ = self.side.exchange(
-            array, counts, event=Event(step, 0), deadline=Deadline.after_ms(DEADLINE_MS)
+            array, counts, event=Event(step, 0), deadline=Deadline.after_ms(DEADLINE_MS), out=out
         )
         array[:] = -1  # may be reused after return
         given = np.concatenate([self.rows(giver, step) for giver in range(NUM_RANKS)])

@@ -1,8 +1,9 @@
 """Doorbells: no ring is lost. Without time-outs, so that a lost one is a sleeper that nobody ever wakes.
 
 `WAIT` is `await_change` of bus/memory/_native.c inside any loop that reads `seq`, then looks for work; `RING`
-is `ring_bell` of _native.h. `PATIENT_WAIT` and `PATIENT_RING` are `await_ranks` and `ring` of
-_collectives_exchange.c, where a waiter says from which `seq` on it wants to be woken. Each ringer i has
+is `ring_bell` of _native.h. `PATIENT_WAIT` and `PATIENT_RING` are those of A2E/E2A (_relay*.c), where a waiter says
+from which `seq` on it wants to be woken. `QUIET_WAIT` and `QUIET_RING` are `group_await` and `group_ring` of
+_collectives_group.c: only sleepers are rung for, so a waiter looks once more behind its mark. Each ringer i has
 published word[i] before it rings.
 """
 
@@ -264,3 +265,98 @@ def test_patience_needs_the_cells_behind_seq() -> None:
     too many."""
     hasty = PATIENT_WAIT.replace("load acquire seq", "load relaxed seq")
     assert is_lost(model([PATIENT_RING], [(hasty, (0,))], WEAK))
+
+
+# ---------------------------------------------------------------- rings for sleepers only
+
+QUIET_RING = """
+    store release word[{i}] = 1
+    fence seq_cst                   # SYNC: bell-quiet
+    s = load relaxed sleepers       # SYNC: bell-quiet
+    if s == 0 goto out
+    n = add seq_cst seq 1           # SYNC: doorbell, SYNC: word
+    p = load seq_cst patient
+    if p == 0 goto call
+    w = load seq_cst wake_at
+    if n < w goto out
+call:
+    wake seq
+out:
+"""
+QUIET_WAIT = """
+again:
+    {look}
+    if missing == 0 goto out
+    m = add seq_cst sleepers 1      # SYNC: bell-quiet
+    fence seq_cst                   # SYNC: bell-quiet
+    seen = load acquire seq         # SYNC: word
+    {look}
+    if missing == 0 goto awake
+    store seq_cst wake_at = seen + missing
+    store seq_cst patient = 1
+check:
+    now = load seq_cst seq          # SYNC: doorbell
+    if now >= seen + missing goto over
+    sleep seq == now
+    goto check
+over:
+    store seq_cst patient = 0
+awake:
+    m = add seq_cst sleepers -1
+    goto again
+out:
+"""
+
+
+@pytest.mark.parametrize("num_ringers", [1, 2, 3])
+def test_a_sleeper_is_rung_for_though_nobody_rings_otherwise(num_ringers: int) -> None:
+    words = tuple(range(num_ringers))
+    assert check(model([QUIET_RING] * num_ringers, [(QUIET_WAIT, words)])).violation is None
+
+
+def test_quiet_rings_and_those_of_others_do_no_harm() -> None:
+    """A rank that is not awaited, one of point-to-point, and another thread that sleeps for point-to-point."""
+    assert check(model([QUIET_RING, QUIET_RING, RING], [(QUIET_WAIT, (0, 1))])).violation is None
+    assert check(model([QUIET_RING, RING], [(QUIET_WAIT, (0,)), (WAIT, (1,))])).violation is None
+
+
+def test_quiet_rings_hold_out_of_order() -> None:
+    assert check(model([QUIET_RING], [(QUIET_WAIT, (0,))], WEAK)).violation is None
+
+
+QUIET_LOOK_ONCE = mutate(
+    QUIET_WAIT, "    {look}\n    if missing == 0 goto awake\n", "    if missing == 0 goto awake\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("ring", "wait"),
+    [
+        (QUIET_RING, QUIET_LOOK_ONCE),
+        (mutate(QUIET_RING, "if n < w", "if n <= w"), QUIET_WAIT),
+        (QUIET_RING, QUIET_WAIT.replace("seen + missing", "seen + missing + 1")),
+        (mutate(QUIET_RING, "wake seq", ""), QUIET_WAIT),
+    ],
+    ids=["no-look-behind-the-mark", "one-too-late", "one-too-many", "ringer-never-wakes"],
+)
+def test_a_quiet_mutant_loses_one(ring: str, wait: str) -> None:
+    assert is_lost(model([ring] * 2, [(wait, (0, 1))]))
+
+
+@pytest.mark.parametrize(
+    ("ring", "wait"),
+    [
+        (mutate(QUIET_RING, "    fence seq_cst                   # SYNC: bell-quiet\n", ""), QUIET_WAIT),
+        (
+            QUIET_RING,
+            mutate(QUIET_WAIT, "    fence seq_cst                   # SYNC: bell-quiet\n", "").replace(
+                "add seq_cst sleepers 1 ", "add relaxed sleepers 1 "
+            ),
+        ),
+    ],
+    ids=["ringer-without-fence", "waiter-without-fence"],
+)
+def test_quiet_rings_need_a_fence_on_both_sides(ring: str, wait: str) -> None:
+    weak = model([ring], [(wait, (0,))], WEAK)
+    assert is_lost(weak)
+    assert check(Model(weak.programs, weak.memory)).violation is None

@@ -134,6 +134,7 @@ def plain() -> Iterator[tuple[AllToAllWorld, set[str]]]:
 @given(
     st.tuples(*[st.lists(SAID, min_size=1, max_size=3)] * 2),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([1, 4]),
     SCRIBBLES,
 )
@@ -141,6 +142,7 @@ def test_a_rank_of_an_all_to_all_survives_any_words(
     plain: tuple[AllToAllWorld, set[str]],
     said: tuple[list[tuple[int, int, int, int]], ...],
     in_area: bool,
+    has_out: bool,
     width: int,
     writes: list[tuple[int, int]],
 ) -> None:
@@ -159,7 +161,10 @@ def test_a_rank_of_an_all_to_all_survives_any_words(
             if event_id == event.pack() and size <= 2**20 and begin < giver.layout.total_bytes:
                 named[writer].append(bytes(giver.buf[begin : begin + size]))
     try:
-        came, counts = side.exchange(rows, np.array([1, 1, 1]), event=event, deadline=Deadline.after_ms(0))
+        out = np.zeros((1000, width), np.uint8) if has_out else None
+        came, counts = side.exchange(
+            rows, np.array([1, 1, 1]), event=event, deadline=Deadline.after_ms(0), out=out
+        )
     except BusError as error:
         outcomes.add(type(error).__name__)
         return

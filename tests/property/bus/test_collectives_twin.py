@@ -96,10 +96,18 @@ def test_a_plain_all_to_all_equals_the_twin(num_ranks: int, data: st.DataObject)
                     there[:] = arrays[rank]
                     arrays[rank] = there
 
+            has_out = data.draw(st.booleans())
+
             def one(rank: int) -> Any:
-                side, event = world.ranks[rank], Event(step, 0)  # noqa: B023
-                deadline = Deadline.after_ms(20_000)
-                return side.exchange(arrays[rank], counts[rank], event=event, deadline=deadline)  # noqa: B023
+                array, event = arrays[rank], Event(step, 0)  # noqa: B023
+                out = np.empty((5 * num_ranks + 1, width), dtype) if has_out else None  # noqa: B023
+                return world.ranks[rank].exchange(
+                    array,
+                    counts[rank],  # noqa: B023
+                    event=event,
+                    deadline=Deadline.after_ms(20_000),
+                    out=out,
+                )
 
             for (rows, came), (twin_rows, twin_came) in zip(world.each(one), expected, strict=True):
                 assert rows.dtype == dtype and rows.tobytes() == twin_rows.tobytes()

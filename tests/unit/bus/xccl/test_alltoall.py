@@ -230,3 +230,102 @@ def test_another_number_of_parts_raises(world: AllToAllWorld) -> None:
     announce(world, 2, Event(1, 0), 0, 8)
     with pytest.raises(SegmentCorrupt, match=r"expert-1.*|gave \[1, 2, 1\]"):
         world.ranks[0].exchange_fixed(np.zeros((3, 1)), event=Event(1, 0), deadline=soon())
+
+
+# ---------------------------------------------------------------- the common form, one call of C
+
+
+@pytest.mark.parametrize(
+    ("array", "counts", "error", "text"),
+    [
+        (np.zeros((3, 2)), np.array([1, 1, 2]), ValueError, "add up"),
+        (np.zeros((3, 2)), np.array([4, -1, 0]), ValueError, "must not be negative"),
+        (np.zeros((3, 2)), np.array([2**62, 2**62, 3]), ValueError, "add up"),
+        (np.zeros((3, 2)), np.array([1, 1, 1], np.uint64), ValueError, r"must be int64\[3\]"),
+        (np.zeros((3, 2)), np.array([1, 0, 1, 0, 1, 0])[::2], ValueError, r"must be int64\[3\]"),
+        (np.zeros((3, 3)), np.array([1, 1, 1]), ValueError, "out: .* must have writable rows"),
+        (np.zeros((3, 2), np.int64), np.array([1, 1, 1]), ValueError, "out: .* must have writable rows"),
+        (np.zeros((3, 4))[:, ::2], np.array([1, 1, 1]), ValueError, "array: .* C-contiguous"),
+        (np.zeros((9, 1024)), np.array([3, 3, 3]), ValueError, "out: "),
+    ],
+)
+def test_bad_arguments_are_refused_with_out_too(
+    world: AllToAllWorld, array: np.ndarray, counts: np.ndarray, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        world.ranks[0].exchange(array, counts, event=Event(1, 0), deadline=soon(), out=np.zeros((9, 2)))
+    assert world.ranks[0].stats()["cell_writes"] == 0
+
+
+@pytest.mark.parametrize("event", [Event(1, 4096), Event(1, -1), Event(1, 0, 16), Event(1, 0, 0, 0)])
+def test_an_event_that_does_not_fit_is_refused(world: AllToAllWorld, event: Event) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        world.ranks[0].exchange_fixed(np.zeros((3, 1)), event=event, deadline=soon(), out=np.zeros((3, 1)))
+    assert world.ranks[0].stats()["cell_writes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (np.int64, np.longlong),
+        (">f4", ">f4"),
+        (np.complex128, np.complex128),
+        (bool, bool),
+        (np.float16, "e"),
+    ],
+)
+def test_both_ways_take_the_same_rows(world: AllToAllWorld, dtype: str, other: str) -> None:
+    """Types that are equal although the buffer protocol names them otherwise go the longer way."""
+
+    def one(rank: int, event: Event, out: np.ndarray) -> np.ndarray:
+        array = np.array([[[event.step + rank + to] * 2] * 3 for to in range(3)]).astype(dtype)
+        deadline = later()
+        return world.ranks[rank].exchange_fixed(array, event=event, deadline=deadline, out=out)
+
+    outs = [np.zeros((3, 3, 2), other) for _ in range(3)]
+    for step in (1, 7):
+        results = world.each(lambda r: one(r, Event(step, 0), outs[r]))  # noqa: B023
+        for rank, result in enumerate(results):
+            wanted = [np.full((3, 2), step + giver + rank).astype(dtype) for giver in range(3)]
+            assert np.array_equal(result, wanted) and np.shares_memory(result, outs[rank])
+
+
+def test_events_are_packed_as_python_packs_them(world: AllToAllWorld) -> None:
+    for event in (Event(2**31 - 1, 4095, 15, 65535), Event(3, 1, 2), Event(2**32 + 5, 0)):
+        with pytest.raises(PeerStalled, match=f"{event.pack():#x}|{event.pack()}"):
+            world.ranks[0].exchange_fixed(
+                np.zeros((3, 1)), event=event, deadline=Deadline.after_ms(0), out=np.zeros((3, 1))
+            )
+        own = world.segments[1]
+        assert _native.read_cell(own.buf, own.cell_offset(0))[1] in (event.pack(), 0) or (
+            _native.read_cell(own.buf, own.cell_offset(1))[1] == event.pack()
+        )
+
+
+def test_the_longer_way_takes_over_what_did_not_end_at_once(world: AllToAllWorld) -> None:
+    """`out` is too small, and another number of parts: both seen only when all have announced."""
+    announce(world, 1, Event(1, 0), 0, 16)
+    announce(world, 2, Event(1, 0), 0, 8)
+    with pytest.raises(SegmentCorrupt, match=r"gave \[1, 2, 1\]"):
+        world.ranks[0].exchange_fixed(
+            np.zeros((3, 1)), event=Event(1, 0), deadline=later(), out=np.zeros((4, 1))
+        )
+    announce(world, 1, Event(2, 0), 0, 16)
+    announce(world, 2, Event(2, 0), 0, 8)
+    with pytest.raises(Truncated, match="4 rows come, out has 3"):
+        counts = np.array([1, 1, 1])
+        world.ranks[0].exchange(
+            np.zeros((3, 1)), counts, event=Event(2, 0), deadline=later(), out=np.zeros((3, 1))
+        )
+    assert not world.ranks[0]._native.is_open
+
+
+def test_the_rows_are_the_beginning_of_out(world: AllToAllWorld) -> None:
+    out = np.full((9, 1), -1.0)
+    announce(world, 1, Event(1, 0), 0, 16)
+    announce(world, 2, Event(1, 0), 0, 0)
+    rows, counts = world.ranks[0].exchange(
+        np.ones((3, 1)), np.array([1, 1, 1]), event=Event(1, 0), deadline=later(), out=out
+    )
+    assert rows.shape == (3, 1) and np.shares_memory(rows, out) and counts.tolist() == [1, 2, 0]
+    assert (out[3:] == -1).all()
