@@ -5,13 +5,14 @@ Life cycle:
     2. map the model's tensors except all experts;
     3. sweep what earlier incarnations left; create the segment: cells for every expert rank, the managed block that
        experts pull activations from, and the app area that holds the KV blocks;
-    4. start the hot loop, which greets the scheduler of this DP group; say ready;
+    4. start the hot loop, which greets the scheduler of this DP group and fetches KV between steps; say ready;
     5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
 
 Opens: a DEALER to the manager (event loop) and one to its scheduler (hot loop); its own segment; every expert
-worker's segment. If the scheduler dies, the step at hand is finished or abandoned, and the next incarnation greeted.
-If an expert worker dies, the layer's exchange is sent again to its next incarnation. If the manager dies, the last pod
-map stays in force. If this process dies, its KV blocks die with it and the scheduler computes the requests again.
+worker's and, for KV, prefill worker's segment. If the scheduler dies, the step at hand is finished or abandoned, and
+the next incarnation greeted. If an expert worker dies, the layer's exchange is sent again to its next incarnation. If
+the manager dies, the last pod map stays in force. If this process dies, its KV blocks die with it and the scheduler
+computes the requests again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bus.clock import NS_PER_MS, now_ns
 from bus.config import PodConfig
 from bus.control.member import Member
 from bus.control.messages import ExecutorReady
+from bus.distflow.sink import KvSink
 from bus.errors import ConfigError
 from bus.garbage import ManagedGc
 from bus.memory.layout import SegmentLayout
@@ -41,6 +43,7 @@ from services.model.sampler import Sampler
 from services.pod import a2e_shape, create_segment, thread_failure
 from services.steps.executor import StepExecutor
 from services.steps.hot_loop import HotLoop
+from services.steps.transfers import KvFetches
 
 STOP_TIMEOUT_S = 2.0
 
@@ -108,6 +111,7 @@ async def serve(
         rows_max=config.scheduler.max_num_batched_tokens,
         incarnation=member.incarnation,
     )
+    fetches = kv_fetches(config, member, segment, model, num_blocks)
     garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
         executor,
@@ -115,13 +119,14 @@ async def serve(
         greeting(config, member, model.config, num_blocks),
         identity=member.identity,
         scheduler=lambda: member.lookup("scheduler", member.index),
+        transfers=fetches,
         garbage=garbage,
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
-    member.counters = lambda: executor.counters_now()
+    member.counters = lambda: {**executor.counters_now(), **(fetches.counters() if fetches else {})}
     garbage.take_over()
     loop.start()
     member.set_state("ready")
@@ -131,6 +136,23 @@ async def serve(
         loop.stop(STOP_TIMEOUT_S)
         side.close()
         table.close()
+
+
+def kv_fetches(
+    config: PodConfig, member: Member, segment: Segment, model: AttentionModel, num_blocks: int
+) -> KvFetches | None:
+    """Return the receiving side of KV transfer; None in a pod without prefill workers."""
+    if not config.topology.prefill_workers:
+        return None
+    sink = KvSink(
+        segment.app,
+        num_blocks=num_blocks,
+        block_bytes=model.kv_bytes(1, config.kv.block_tokens),
+        index=member.index,
+        incarnation=member.incarnation,
+        rank=member.name,
+    )
+    return KvFetches(sink, member.incarnation)
 
 
 def remote_experts(

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -127,6 +126,7 @@ async def serve(
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
     ready = greeting(config, member, model.config)
+    offers = Offers(source, member.incarnation)
     executor = StepExecutor(
         model,
         model.allocate_kv(segment.app, ready.num_blocks, ready.block_tokens),
@@ -134,7 +134,7 @@ async def serve(
         Sampler(settings.model_path(config), model.config.vocab_size),
         rows_max=rows_max(config, ready.max_model_len),
         incarnation=member.incarnation,
-        offers=Offers(source),
+        offers=offers,
     )
     garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
@@ -143,13 +143,14 @@ async def serve(
         ready,
         identity=member.identity,
         scheduler=lambda: member.lookup("shell", 0),
+        transfers=offers,
         garbage=garbage,
     )
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
     member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
-    member.counters = lambda: {**executor.counters_now(), **asdict(source.counters)}
+    member.counters = lambda: {**executor.counters_now(), **offers.counters()}
     garbage.take_over()
     loop.start()
     member.set_state("ready")

@@ -2,7 +2,8 @@
 
 Life of a step: lay the plan out as rows; embed; per layer run attention here and, at a mixture-of-experts layer, hand
 the normed rows to the experts, wherever they are, and add every pair's result in top-k order; take the logits of the
-rows that need them; sample. KV is written at fixed positions, so repeating a step, or a layer's exchange, is harmless.
+rows that need them; sample. KV is written at fixed positions, so repeating a step, or a layer's exchange, is
+harmless.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.control.messages import (
+    KvTicket,
     PlannedSequence,
     SampledToken,
     StepCompleted,
@@ -164,7 +166,6 @@ class StepExecutor:
 
     def _sample_all(self, plan: StepPlan, rows: StepRows, logits: Float32Array) -> tuple[SampledToken, ...]:
         sampled = []
-        offers = self.offers
         next_row = 0
         for sequence in plan.sequences:
             num_prompt_rows = len(sequence.next_prompt_token_ids)
@@ -184,10 +185,15 @@ class StepExecutor:
                     logprob=logprob,
                     prompt_logprobs=prompt,
                     error=error,
-                    ticket=offers.offer(sequence) if offers and sequence.offer_kv and not error else None,
+                    ticket=None if error else self._offer(sequence),
                 )
             )
         return tuple(sampled)
+
+    def _offer(self, sequence: PlannedSequence) -> KvTicket | None:
+        if self.offers is None or not sequence.offer_kv:
+            return None
+        return self.offers.offer(sequence, self._kv.block_tokens)
 
     def _sample(self, sequence: PlannedSequence, logits: Float32Array) -> tuple[int, TokenLogprob | None]:
         params = sequence.sampling

@@ -1,8 +1,9 @@
 """The hot loop of an attention worker: a thread of its own, never asyncio (the paper's executor).
 
 It follows its scheduler: whenever the pod map names another incarnation, it closes the old socket and greets the new
-one with `ExecutorReady`, repeated until the first plan arrives, since a greeting may be lost with a connection. Between
-plans it sleeps in the socket's poll and beats the segment's heartbeat word, which the control loop vouches for.
+one with `ExecutorReady`, repeated until the first plan arrives, since a greeting may be lost with a connection.
+Between plans it moves KV, if it has any to move, a slice before each look for the next plan; otherwise it sleeps in
+the socket's poll. It beats the segment's heartbeat word, which the control loop vouches for.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Callable
 import structlog
 
 from bus.control.messages import (
+    CancelFetch,
     ExecutorReady,
+    FetchKv,
     Member,
-    OffersEnded,
+    Message,
     StepCompleted,
     StepFailed,
     StepPlan,
@@ -25,10 +28,10 @@ from bus.control.sockets import SyncDealer
 from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
 from services.steps.executor import ExpertsAway, StepAbandoned, StepExecutor
+from services.steps.transfers import IDLE_POLL_MS, Transfers
 
-IDLE_POLL_MS = 500
-OFFERS_POLL_MS = 10  # while offers stand, which may end at any time
 SEND_TIMEOUT_MS = 1_000
+_FROM_PLANNER = StepPlan | FetchKv | CancelFetch | WithdrawOffers
 
 
 class HotLoop:
@@ -43,8 +46,13 @@ class HotLoop:
         identity: bytes,
         scheduler: Callable[[], Member | None],
         garbage: ManagedGc,
+        transfers: Transfers | None = None,
     ):
-        """`scheduler` returns the scheduler of this DP group as the newest pod map has it."""
+        """`scheduler` returns whoever plans for this worker as the newest pod map has it.
+
+        `transfers` belong to this thread, which closes them in the end.
+        """
+        self._transfers = transfers
         self._garbage = garbage
         self._executor, self._segment, self._greeting = executor, segment, greeting
         self._identity, self._scheduler = identity, scheduler
@@ -84,6 +92,8 @@ class HotLoop:
         finally:
             if self._dealer is not None:
                 self._dealer.close()
+            if self._transfers is not None:
+                self._transfers.close()
 
     def _follow_scheduler(self) -> None:
         current = self._scheduler()
@@ -91,43 +101,40 @@ class HotLoop:
             return
         if self._dealer is not None:
             self._dealer.close()
-        if self._executor.offers is not None:
-            self._executor.offers.forget_all()
-        self._dealer = SyncDealer(current.endpoint, self._identity, StepPlan | WithdrawOffers)
+        if self._transfers is not None:
+            self._transfers.reset()
+        self._dealer = SyncDealer(current.endpoint, self._identity, _FROM_PLANNER)
         self._followed, self._greeted = current.incarnation, False
         self._log.info("scheduler_followed", incarnation=current.incarnation)
 
     def _turn(self, dealer: SyncDealer) -> None:
         if not self._greeted:
             dealer.send(self._greeting, timeout_ms=IDLE_POLL_MS)
-        message = dealer.recv(timeout_ms=IDLE_POLL_MS if not self._num_offers() else OFFERS_POLL_MS)
-        match message:
-            case StepPlan(scheduler_incarnation=self._followed):
-                self._greeted = True
-                self._answer(dealer, self._execute(message))
+        poll_ms = self._transfer(dealer)
+        message = dealer.recv(poll_ms)
+        if message is None and poll_ms == IDLE_POLL_MS:
+            self._garbage.idle()
+        elif isinstance(message, _FROM_PLANNER) and message.scheduler_incarnation == self._followed:
+            self._greeted = True
+            if isinstance(message, StepPlan):
+                self._send(dealer, self._execute(message))
                 self._garbage.turn()
-            case WithdrawOffers(scheduler_incarnation=self._followed, serials=serials):
-                if self._executor.offers is not None:
-                    self._executor.offers.withdraw(serials)
-            case None if not self._num_offers():
-                self._garbage.idle()
-        self._tell_ended(dealer)
+            elif self._transfers is not None:
+                self._transfers.handle(message)
 
-    def _answer(self, dealer: SyncDealer, answer: StepCompleted | StepFailed | OffersEnded | None) -> None:
+    def _transfer(self, dealer: SyncDealer) -> int:
+        """Move KV for a bounded time and report; return how many milliseconds to wait for the next message."""
+        if self._transfers is None:
+            return IDLE_POLL_MS
+        poll_ms = self._transfers.progress()
+        for message in self._transfers.outgoing():
+            self._send(dealer, message)
+        return poll_ms
+
+    def _send(self, dealer: SyncDealer, message: Message | None) -> None:
         # A lost answer would leave the scheduler waiting for its step's deadline, or with blocks that are never free.
-        while answer is not None and self._wanted() and not dealer.send(answer, SEND_TIMEOUT_MS):
+        while message is not None and self._wanted() and not dealer.send(message, SEND_TIMEOUT_MS):
             self._segment.beat()
-
-    def _num_offers(self) -> int:
-        offers = self._executor.offers
-        return offers.num_standing if offers is not None else 0
-
-    def _tell_ended(self, dealer: SyncDealer) -> None:
-        offers = self._executor.offers
-        serials = offers.ended() if offers is not None else ()
-        if serials:
-            message = OffersEnded(incarnation=self._greeting.incarnation, serials=serials)
-            self._answer(dealer, message)
 
     def _execute(self, plan: StepPlan) -> StepCompleted | StepFailed | None:
         incarnation = self._greeting.incarnation

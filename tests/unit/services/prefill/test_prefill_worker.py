@@ -56,7 +56,7 @@ class RealWorker:
             Sampler(folder, model.config.vocab_size),
             rows_max=MAX_TOKENS,
             incarnation=1,
-            offers=Offers(KvSource(segment, layout)),
+            offers=Offers(KvSource(segment, layout), 1),
         )
 
     def _beat(self) -> None:
@@ -147,7 +147,7 @@ def test_a_plan_that_writes_offered_blocks_ends_their_offer() -> None:
     assert offers.ended() == (first.serial,) and offers.num_standing == 2
     offers.withdraw([second.serial, 99])
     assert offers.ended() == (second.serial,)
-    offers.forget_all()
+    offers.reset()
     assert offers.ended() == () and offers.num_standing == 0
 
 
