@@ -66,7 +66,9 @@ class Group:
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=log,
-                            start_new_session=True,  # Ctrl-C is for the harness, which ends them in order
+                            # Ctrl-C is for the harness, which ends them in order. Not a session for each: the kernel
+                            # schedules sessions as groups (autogroup), and a yield reaches its own group only.
+                            process_group=0,
                         )
                     )
             self._accept(listener)
