@@ -139,7 +139,7 @@ pull_rank(const Exchange *self, Py_ssize_t rank, Py_ssize_t microbatch)
                 dequantise_row((float *)out, (const int8_t *)src, scales[row], self->hidden);
                 continue;
             }
-            copy_bytes(out, src, self->row_bytes);
+            copy_row(out, src, self->row_bytes);
             if (self->delivers_int8) {
                 ((float *)batch->scales.buf)[place] = scales[row];
             }

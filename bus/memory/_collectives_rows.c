@@ -47,6 +47,25 @@ dequantise_row(float *restrict dst, const int8_t *restrict src, float scale, Py_
     }
 }
 
+#define LINE ((Py_ssize_t)sizeof(line_t))
+typedef char line_t __attribute__((vector_size(64), aligned(1), may_alias));
+
+VECTORISED void
+copy_row(char *restrict dst, const char *restrict src, Py_ssize_t size)
+{
+    uintptr_t ahead = ((uintptr_t)dst - (uintptr_t)src) & 4095;
+    if (ahead > 0 && ahead < 2048) { /* loads would wait for stores to the same place of another page */
+        copy_bytes(dst, src, size);
+        return;
+    }
+    Py_ssize_t at = 0;
+    for (; at + LINE <= size; at += LINE) {
+        __builtin_prefetch(dst + size + at, 1, 2); /* for the next row, which is written next to this one */
+        *(line_t *)(dst + at) = *(const line_t *)(src + at);
+    }
+    memcpy(dst + at, src + at, (size_t)(size - at));
+}
+
 /* Sums of 64 neighbours of a row stay in registers while its slots are added. */
 typedef float lane_t __attribute__((vector_size(64), aligned(4), may_alias));
 #define LANE_FLOATS 16

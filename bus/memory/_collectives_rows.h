@@ -16,6 +16,9 @@ void add_slots(float *restrict out, const float *const *rows, const float *weigh
 void add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scales, const float *weights, int num,
                     Py_ssize_t width);
 
+/* Copy a row of several that are written one next to the other. They must not overlap. */
+void copy_row(char *restrict dst, const char *restrict src, Py_ssize_t size);
+
 /* Copy what does not overlap; a large piece goes past the caches, which it would only empty. */
 void copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size);
 
