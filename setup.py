@@ -44,7 +44,8 @@ setup(
             "services.model._kernels",
             [f"services/model/_kernels{part}.c" for part in ("", "_sets", "_products", "_rows", "_paged")],
             depends=[
-                f"services/model/_{name}.h" for name in ("kernels", "kernels_impl", "arguments", "quantise_row")
+                f"services/model/_{name}.h"
+                for name in ("kernels", "kernels_impl", "arguments", "quantise_row")
             ],
             extra_compile_args=COMPILE_ARGS,
             libraries=["m"],
