@@ -58,9 +58,8 @@ class PrefillConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_waiting_tasks: int = 1024  # beyond it, DP groups prefill themselves
     policy: str = "cost"  # which worker computes a prompt (services/shell/policies): cost or round_robin
     enable_chunked_prefill: bool = True  # false: a prompt is computed in one step, however long it is
-    long_workers: int = (
-        0  # so many of the workers, the last ones, take long prompts and no others; 0 = all take all
-    )
+    expert_parallel: bool = False  # workers share the experts and step together; false: each has them all
+    long_workers: int = 0  # of the workers, the last ones: take long prompts, and no others; 0 = all take all
     long_tokens: int = 8192  # from how many tokens a prompt is long
 
 

@@ -44,11 +44,18 @@ class Stepper:
 
     def start_step(self, now_ns: int) -> StepPlan | None:
         """Return the next step's plan, outstanding from now on; None when there is no work or one is outstanding."""
-        if self.executor.connected is None or self.executor.step is not None:
+        if not self.is_free:
             return None
         scheduled = self._batch.schedule()
-        if not scheduled:
-            return None
+        return self.begin_step(scheduled, now_ns) if scheduled else None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a step can begin: somebody is connected, and none is outstanding."""
+        return self.executor.connected is not None and self.executor.step is None
+
+    def begin_step(self, scheduled: list[ScheduledRequest], now_ns: int) -> StepPlan:
+        """Return the plan of a step that computes what the batch has scheduled, nothing perhaps."""
         plan = StepPlan(
             step_id=self._next_step_id,
             scheduler_incarnation=self._incarnation,

@@ -65,10 +65,17 @@ class LocalExperts:
             out[rows, slots] = self._model.forward(layer, int(expert), x[rows])
             self.expert_rows += len(rows)
         if self._config.has_shared_expert:
-            self._beat()
-            out[:, -1] = self._model.forward(layer, self._config.num_experts, x)
-            self.shared_rows += num_rows
+            out[:, -1] = self._shared(layer, x)
         return self._sent(out.reshape(-1, out.shape[-1])).reshape(out.shape)
+
+    def shared(self, layer: int, x: Float32Array) -> Float32Array:
+        """Return the shared expert's output [num_rows, hidden]."""
+        return self._sent(self._shared(layer, self._sent(x)))
+
+    def _shared(self, layer: int, x: Float32Array) -> Float32Array:
+        self._beat()
+        self.shared_rows += len(x)
+        return self._model.forward(layer, self._config.num_experts, x)
 
     def _sent(self, rows: Float32Array) -> Float32Array:
         return transport.dequantise(*transport.quantise(rows)) if self._wire_int8 else rows

@@ -111,6 +111,14 @@ class PrefillBatcher(Batcher):
         request.block_ids = []
         request.move_to(RequestStatus.FINISHED_LENGTH)
 
+    def give_back(self, request: Request) -> None:
+        """Take a running prompt out, to be computed again from its beginning, here or elsewhere."""
+        self.running.remove(request)
+        self.free(request.block_ids)
+        request.block_ids = []
+        request.forget_computed()
+        request.move_to(RequestStatus.PREEMPTED)
+
     def take_waiting(self) -> list[Request]:
         """Return all who wait, and forget them."""
         waiting = list(self.waiting)

@@ -14,6 +14,9 @@ there. Without such workers all share all, and a step's budget is shared so that
 The pool is first come, first served, with two exceptions: whoever finds no worker with time is passed, and whoever
 finds time but no blocks keeps one worker closed to those behind it, so that blocks gather there.
 
+With expert parallelism the workers share the experts, so all step together, those without work too; nobody steps
+while one is away, and a step that failed for one of them is computed again.
+
 A lost worker costs time only: what it was to compute goes back to the pool, in the old order; what it offered is
 reported as failed, although whoever fetches at the time may still succeed. A task under which several workers in a
 row are lost is failed for good. A lost scheduler's tasks are forgotten. Tasks that no worker can take for
@@ -39,6 +42,7 @@ from bus.control.messages import (
     SampledToken,
     StepCompleted,
     StepFailed,
+    StepPlan,
 )
 from services.batching.admission import Refusal, content_refusal, vocabulary_refusal
 from services.batching.answers import complaint
@@ -300,6 +304,9 @@ class ShellCore:
             connected = worker.executor.connected
             if connected is not None and worker.stepper.is_overdue(now_ns):
                 self._lose(worker, connected.incarnation, dead=False, is_suspicious=True, now_ns=now_ns)
+        if self.settings.expert_parallel:
+            self._check_group(now_ns)
+            return
         for task in list(self.pool):
             workers = self._allowed(task)
             if any(worker.executor.connected is not None for worker in workers):
@@ -312,6 +319,27 @@ class ShellCore:
                 kind = "prefill worker for long prompts" if workers[0].takes_long else "prefill worker"
                 text = f"no {kind} for {waited_ns // 1_000_000} ms"
                 self._fail(task, "worker_absent", text, retryable=True)
+
+    def _check_group(self, now_ns: int) -> None:
+        """Fail what waits too long for a worker without whom nobody can step."""
+        missing = [worker for worker in self.workers if worker.executor.connected is None]
+        if not missing:
+            return
+        absent_since_ns = min(worker.executor.absent_since_ns for worker in missing)
+        for worker in self.workers:
+            for task in list(worker.tasks.values()):
+                if not worker.step_has(task.request) and self._is_overdue(task, absent_since_ns, now_ns):
+                    self._take_out(worker, task, RequestStatus.FINISHED_ERROR)
+                    self._fail(task, "worker_absent", _away(missing), retryable=True)
+        for task in list(self.pool):
+            if self._is_overdue(task, absent_since_ns, now_ns):
+                self.pool.remove(task)
+                task.request.move_to(RequestStatus.FINISHED_ERROR)
+                self._fail(task, "worker_absent", _away(missing), retryable=True)
+
+    def _is_overdue(self, task: Task, absent_since_ns: int, now_ns: int) -> bool:
+        waited_ns = now_ns - max(absent_since_ns, task.request.arrived_at_ns)
+        return waited_ns >= self.settings.worker_wait_ns
 
     # ---------------------------------------------------------------- assignment
 
@@ -350,10 +378,24 @@ class ShellCore:
     # ---------------------------------------------------------------- steps
 
     def _start_steps(self, now_ns: int) -> None:
+        if self.settings.expert_parallel:
+            self._start_common_step(now_ns)
+            return
         for worker in self.workers:
-            plan = worker.start_step(now_ns)
-            if plan is not None and worker.executor.connected is not None:
-                self._instructions.append(ToWorker(worker.index, worker.executor.connected.incarnation, plan))
+            self._send_plan(worker, worker.stepper.start_step(now_ns))
+
+    def _start_common_step(self, now_ns: int) -> None:
+        """Let all workers step together, those without work too: they have experts that the others need."""
+        if not all(worker.stepper.is_free for worker in self.workers):
+            return
+        work = [worker.batch.schedule() for worker in self.workers]
+        if any(work):
+            for worker, scheduled in zip(self.workers, work, strict=True):
+                self._send_plan(worker, worker.stepper.begin_step(scheduled, now_ns))
+
+    def _send_plan(self, worker: Worker, plan: StepPlan | None) -> None:
+        if plan is not None and worker.executor.connected is not None:
+            self._instructions.append(ToWorker(worker.index, worker.executor.connected.incarnation, plan))
 
     def _take_step(
         self, worker: Worker, result: StepCompleted | StepFailed, now_ns: int
@@ -442,8 +484,17 @@ class ShellCore:
     def _fail_step(self, worker: Worker, result: StepFailed, now_ns: int) -> None:
         for one in self._take_step(worker, result, now_ns):
             task = worker.task_of(one)
+            if self.settings.expert_parallel and task.is_wanted:  # another worker was lost, most likely
+                self._back_to_pool(worker, task)
+                continue
             self._take_out(worker, task, RequestStatus.FINISHED_ERROR)
             self._fail(task, result.code, result.message, retryable=True)
+
+    def _back_to_pool(self, worker: Worker, task: Task) -> None:
+        worker.batch.give_back(task.request)
+        del worker.tasks[task.request.request_id]
+        self.pool.append(task)
+        self.pool.sort(key=lambda one: one.number)
 
     # ---------------------------------------------------------------- offers
 
@@ -478,11 +529,22 @@ class ShellCore:
             assert task.is_wanted and task.completed is None, task
             assert task.request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), task
         for worker in self.workers:
-            worker.check_invariants()
+            worker.check_invariants(waits_for_others=self.settings.expert_parallel)
             here = [*worker.tasks.values(), *worker.offers.values()]
             places += here
             for task in here:
                 assert worker in self._allowed(task), f"worker {worker.index} has {task}"
         assert len({id(task) for task in places}) == len(places), "a task is in two places"
+        if self.settings.expert_parallel:
+            is_blocked = not all(worker.stepper.is_free for worker in self.workers)
+            is_idle = not any(worker.tasks for worker in self.workers)
+            is_held = not any(worker.batch.running for worker in self.workers) and any(
+                worker.offers for worker in self.workers
+            )
+            assert is_blocked or is_idle or is_held, "prompts wait for nothing"
         wanted = {task.key: task for task in places if task.is_wanted}
         assert wanted == self.tasks, "a task is lost or left over"
+
+
+def _away(missing: list[Worker]) -> str:
+    return f"{', '.join(f'prefill-{worker.index}' for worker in missing)} is away, without whom nobody computes prompts"

@@ -78,6 +78,7 @@ def shell_settings(config: PodConfig, incarnation: int) -> ShellSettings:
         max_waiting_tasks=prefill.max_waiting_tasks,
         enable_prefix_caching=config.scheduler.enable_prefix_caching,
         enable_chunked_prefill=prefill.enable_chunked_prefill,
+        expert_parallel=prefill.expert_parallel,
         limits=Limits(cache_tokens=prefill.cache_tokens, max_model_len=config.scheduler.max_model_len),
         step_timeout_ns=(xccl.peer_wait_timeout_ms + xccl.stall_timeout_ms) * NS_PER_MS,
         worker_wait_ns=xccl.peer_wait_timeout_ms * NS_PER_MS,

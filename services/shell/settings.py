@@ -22,6 +22,7 @@ class ShellSettings:
     max_waiting_tasks: int
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
+    expert_parallel: bool  # all workers step together
     limits: Limits  # as far as known before a worker says its own
     step_timeout_ns: int  # a step that takes longer is given up, its worker counts as stalled
     worker_wait_ns: int  # how long a task waits while there is no worker for it

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bus.control.messages import AddPrefill, AddRequest, PrefillCompleted, StepPlan, WithdrawOffers
+from bus.control.messages import AddPrefill, AddRequest, PrefillCompleted, WithdrawOffers
 from services.batching.batch import ScheduledRequest
 from services.batching.request import Request
 from services.batching.stepper import Stepper
@@ -91,10 +91,6 @@ class Worker:
         """Return what to tell it."""
         return WithdrawOffers(scheduler_incarnation=self._leader_incarnation, serials=tuple(sorted(serials)))
 
-    def start_step(self, now_ns: int) -> StepPlan | None:
-        """See `Stepper`."""
-        return self.stepper.start_step(now_ns)
-
     def step_has(self, request: Request) -> bool:
         """Tell whether the step under way computes it."""
         step = self.executor.step
@@ -141,8 +137,8 @@ class Worker:
         """Return the task that a step computes."""
         return self.tasks[scheduled.request.request_id]
 
-    def check_invariants(self) -> None:
-        """Assert that tasks, offers, batch and executor agree."""
+    def check_invariants(self, *, waits_for_others: bool) -> None:
+        """Assert that tasks, offers, batch and executor agree; `waits_for_others`: it begins no step alone."""
         self.batch.check_invariants()
         self.executor.check_invariants()
         is_connected = self.executor.connected is not None
@@ -158,5 +154,5 @@ class Worker:
             assert request_id == task.request.request_id and task.completed is None, task
             assert task.is_wanted or self.step_has(task.request), "an unwanted prompt is kept"
         step = self.executor.step
-        blocked = not self.tasks or (not self.batch.running and bool(self.offers))
+        blocked = waits_for_others or not self.tasks or (not self.batch.running and bool(self.offers))
         assert step is not None or blocked or not is_connected, "prompts wait for nothing"

@@ -81,6 +81,8 @@ class StepExecutor:
         rows_max: the largest step in tokens.
         incarnation: of this process.
         offers: where a prefill worker offers what it has computed; None = plans that ask for it are refused.
+        has_common_steps: several executors share the experts, and run steps of the same numbers; one without rows
+            takes part in the exchanges.
     """
 
     def __init__(
@@ -93,11 +95,12 @@ class StepExecutor:
         rows_max: int,
         incarnation: int,
         offers: Offers | None = None,
+        has_common_steps: bool = False,
     ):
         self.experts = experts
         self.offers = offers
         self._model, self._kv, self._sampler = model, kv, sampler
-        self._rows_max = rows_max
+        self._rows_max, self._has_common_steps = rows_max, has_common_steps
         # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
         self._step_seq = (incarnation & 0xFFF) << 20
         self.counters = ExecutorCounters()
@@ -122,6 +125,8 @@ class StepExecutor:
             StepAbandoned, ExpertsAway: see there; KV of the planned positions may be partly written.
         """
         started = time.monotonic_ns()
+        if self._has_common_steps and not plan.sequences:
+            return self._take_part(plan.step_id, incarnation)
         check_plan(
             plan,
             rows_max=self._rows_max,
@@ -134,7 +139,7 @@ class StepExecutor:
         rows = lay_out(plan)
         if self.offers is not None:
             self.offers.withdraw_written(plan.sequences, self._kv.block_tokens)
-        self._step_seq += 1
+        self._step_seq = plan.step_id if self._has_common_steps else self._step_seq + 1
         num_retries = self.experts.num_retries
         logits = self._forward(rows)
         sampled = self._sample_all(plan, rows, logits)
@@ -150,6 +155,19 @@ class StepExecutor:
             duration_us=duration_us,
             attempts=1 + self.experts.num_retries - num_retries,
         )
+
+    def _take_part(self, step_id: int, incarnation: int) -> StepCompleted:
+        """Run a step without rows: nothing but the exchanges."""
+        config = self._model.config
+        none = MoeInput(
+            np.empty((0, config.hidden_size), np.float32),
+            np.empty((0, config.top_k), np.int32),
+            np.empty((0, config.top_k), np.float32),
+        )
+        for layer in config.moe_layer_indices:
+            self.experts.exchange(layer, none, step_id)
+        self.counters.steps += 1
+        return StepCompleted(step_id=step_id, incarnation=incarnation, sampled=())
 
     def _forward(self, rows: StepRows) -> Float32Array:
         batch = Batch(

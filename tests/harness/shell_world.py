@@ -84,6 +84,7 @@ class ShellWorld:
             "max_waiting_tasks": chance.randint(2, NUM_TASKS),
             "enable_prefix_caching": chance.random() < 0.8,
             "enable_chunked_prefill": chance.random() < 0.7,
+            "expert_parallel": chance.random() < 0.3,
             **settings,
         }
         self.schedulers = ["scheduler-0.1", "scheduler-1.1"]
@@ -140,6 +141,14 @@ class ShellWorld:
         self.now_ns += self.random.randint(0, 3)
         instructions = self.core.handle(*events, now_ns=self.now_ns)
         self.core.check_invariants()
+        plans = [
+            (one.index, one.message.step_id)
+            for one in instructions
+            if isinstance(one, ToWorker) and isinstance(one.message, StepPlan)
+        ]
+        if self.settings["expert_parallel"] and plans:
+            assert [index for index, _ in plans] == list(range(self.num_workers)), "they step together"
+            assert len({step_id for _, step_id in plans}) == 1, "in the same step"
         for instruction in instructions:
             match instruction:
                 case ToWorker(index, incarnation, message):

@@ -40,6 +40,7 @@ def create_shell(**changes: Any) -> ShellCore:
         "max_waiting_tasks": 8,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
+        "expert_parallel": False,
         "limits": Limits(),
         "step_timeout_ns": 1000,
         "worker_wait_ns": 500,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from services.shell.events import FromScheduler, Tick, WorkerConnected, WorkerLost
+from bus.control.messages import StepFailed
+from services.shell.events import FromScheduler, FromWorker, Tick, WorkerConnected, WorkerLost
 from services.shell.policies import POLICIES
 from tests.harness.shelling import (
     SCHEDULER,
@@ -81,6 +82,43 @@ def test_a_short_prompt_waits_for_a_short_worker_while_the_long_one_is_idle() ->
     driver.now_ns += 500
     driver.feed(Tick())
     assert driver.failed() == [(1, "worker_absent", True)]
+
+
+def test_workers_that_share_the_experts_step_together() -> None:
+    driver = ShellDriver(create_shell(num_workers=2, expert_parallel=True))
+    driver.add(create_task(1, range(20)))
+    assert [driver.shares(0), driver.shares(1)] == [[16], []]
+    driver.step(0)
+    assert driver.shares(0) == [16], "the other one has not done its part"
+    driver.step(1)
+    assert [driver.shares(0), driver.shares(1)] == [[4], []]
+    driver.step(1)
+    driver.step(0)
+    assert len(driver.completed()) == 1
+
+
+def test_a_step_that_others_gave_up_is_done_again() -> None:
+    driver = ShellDriver(create_shell(num_workers=2, expert_parallel=True))
+    driver.add(create_task(1, range(9)))
+    failed = StepFailed(
+        step_id=driver.plan(0).step_id, incarnation=1, code="experts_away", message="prefill-1"
+    )
+    driver.feed(WorkerLost(1, 1, "dead"))
+    driver.feed(FromWorker(0, failed))
+    assert len(driver.told) == 2, "nobody steps while one is away"
+    driver.connect(1, 2)
+    driver.step(1)
+    driver.step(0)
+    assert [done.task_id for done in driver.completed()] == [1]
+
+
+def test_nobody_waits_for_ever_for_the_others() -> None:
+    driver = ShellDriver(create_shell(num_workers=2, expert_parallel=True))
+    driver.feed(WorkerLost(1, 1, "dead"))
+    driver.add(create_task(1, range(9)))
+    driver.now_ns += 500
+    driver.feed(Tick())
+    assert driver.failed() == [(1, "worker_absent", True)] and driver.core.is_idle
 
 
 def test_blocks_gather_for_who_lacks_them() -> None:
