@@ -340,7 +340,7 @@ class StepFailed(Message, frozen=True, kw_only=True):
 
 
 class AddPrefill(Message, frozen=True, kw_only=True):
-    """Scheduler -> prefill leader (TE-shell). Idempotent by `task_id`, which a scheduler's incarnation uses once.
+    """Scheduler -> prefill leader (TE-shell). Idempotent by `task_id`; those of a scheduler's incarnation grow.
 
     Computes prompt and output tokens so far, and draws the next one.
     """

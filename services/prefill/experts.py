@@ -5,7 +5,7 @@ Weights are mapped, so however many processes map an expert, its bytes are in me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,11 @@ from services.steps.executor import StepAbandoned
 Float32Array = npt.NDArray[np.float32]
 
 
-def load_all_experts(
-    folder: str | Path, config: ModelConfig, progress: Progress | None = None
+def load_experts(
+    folder: str | Path, config: ModelConfig, expert_ids: Sequence[int], progress: Progress | None = None
 ) -> ExpertModel:
-    """Map every expert of every layer. Raises ConfigError."""
-    return ExpertModel.load(
-        folder, config, range(config.num_experts), shared=config.has_shared_expert, progress=progress
-    )
+    """Map these experts of every layer, and the shared one. Raises ConfigError."""
+    return ExpertModel.load(folder, config, expert_ids, shared=config.has_shared_expert, progress=progress)
 
 
 class LocalExperts:
@@ -44,6 +42,7 @@ class LocalExperts:
         self._config = model.config
         self._out = np.empty((0, self._config.num_slots, self._config.hidden_size), np.float32)
         self.num_retries = 0
+        self.is_waiting = False  # never for another process
         self.expert_rows = 0
         self.shared_rows = 0
         self.wanted: Callable[[], bool] = lambda: True
@@ -79,6 +78,9 @@ class LocalExperts:
 
     def _sent(self, rows: Float32Array) -> Float32Array:
         return transport.dequantise(*transport.quantise(rows)) if self._wire_int8 else rows
+
+    def close(self) -> None:
+        """Nothing is held but the model."""
 
     def counters(self) -> dict[str, int]:
         """Return what was counted here, by name."""

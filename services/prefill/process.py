@@ -3,15 +3,16 @@
 Life cycle:
     1. take the owner lock and an incarnation; step behind the token path (`yield_to_token_path`); say `Hello`
        (state starting);
-    2. map the whole model; experts are mapped, so their bytes are shared with the expert workers;
+    2. map the whole model, or with `prefill.expert_parallel` only some of its experts; experts are mapped, so their
+       bytes are shared with the expert workers;
     3. sweep what earlier incarnations left; create the segment: its app area holds KV blocks and transfer table;
     4. start the hot loop, which greets the TE-shell; say ready;
     5. on SIGTERM: stop the loop, unlink the segment, say `Goodbye`.
 
-Opens: a DEALER to the manager (event loop) and one to the TE-shell (hot loop); its own segment, from which
-attention workers fetch KV. If the shell dies, all offers are withdrawn and the next incarnation is greeted. If the
-manager dies, the last pod map stays in force. If this process dies, its KV dies with it and the shell has the
-prompts computed again.
+Opens: a DEALER to the manager (event loop) and one to the TE-shell (hot loop); its own segment, from which attention
+workers fetch KV; with `prefill.expert_parallel` the segments of the other prefill workers. If the shell dies, all
+offers are withdrawn and the next incarnation is greeted. If the manager dies, the last pod map stays in force. If
+this process dies, its KV dies with it and the shell has the prompts computed again.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ from bus.errors import ConfigError
 from bus.garbage import ManagedGc
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
+from bus.xccl.dispatch import Dispatcher
+from bus.xccl.group import AddressTable
+from services.balance.placement import owned_experts
 from services.model.attention_model import AttentionModel
 from services.model.config import ModelConfig, load_config
 from services.model.expert_model import ExpertModel
 from services.model.numerics import check_row_independence
 from services.model.sampler import Sampler
 from services.pod import create_segment, thread_failure
-from services.prefill.experts import LocalExperts, load_all_experts
+from services.prefill.exchange import SharedExperts, dispatch_shape
+from services.prefill.experts import LocalExperts, load_experts
 from services.steps.executor import StepExecutor
 from services.steps.hot_loop import HotLoop
 from services.steps.offers import Offers
@@ -64,7 +69,10 @@ async def prefill_main(config: PodConfig, index: int) -> None:
         model_config = load_config(settings.model_path(config))
         model, experts = await asyncio.to_thread(load_models, config, model_config, member)
         layout = transfer_layout(config, model)
-        segment = create_segment(config, member, SegmentLayout(0, 0, layout.app_bytes))
+        rows = exchange_layout(config, model_config)
+        segment = create_segment(
+            config, member, SegmentLayout(rows.num_cells, rows.managed_bytes, layout.app_bytes)
+        )
         try:
             await serve(config, member, segment, KvSource(segment, layout), model, experts)
         finally:
@@ -96,7 +104,39 @@ def load_models(
     model = AttentionModel.load(
         folder, model_config, progress=progress, kv_cache_dtype=config.attention.kv_cache_dtype
     )
-    return model, load_all_experts(folder, model_config, progress)
+    return model, load_experts(folder, model_config, owned(config, model_config, member.index), progress)
+
+
+def shares_experts(config: PodConfig) -> bool:
+    """Tell whether this worker has some of the experts only."""
+    return config.prefill.expert_parallel and config.topology.prefill_workers > 1
+
+
+def owned(config: PodConfig, model: ModelConfig, index: int) -> range:
+    """Return the experts of one worker.
+
+    Raises:
+        ConfigError: there are more workers than experts to share.
+    """
+    num_workers = config.topology.prefill_workers
+    if not shares_experts(config):
+        return range(model.num_experts)
+    if num_workers > model.num_experts:
+        rule = f"{num_workers} prefill workers cannot share the model's {model.num_experts} experts"
+        raise ConfigError(f"prefill.expert_parallel = True: {rule}")
+    return owned_experts(model.num_experts, num_workers, index)
+
+
+def exchange_layout(config: PodConfig, model: ModelConfig) -> SegmentLayout:
+    """Return what the exchange of rows needs of a segment."""
+    if not shares_experts(config):
+        return SegmentLayout(0, 0, 0)
+    return dispatch_shape(config, model, rows_max(config, window(config, model))).layout()
+
+
+def window(config: PodConfig, model: ModelConfig) -> int:
+    """Return the longest sequence in tokens."""
+    return config.scheduler.max_model_len or model.max_position_embeddings
 
 
 def transfer_layout(config: PodConfig, model: AttentionModel) -> TransferLayout:
@@ -126,15 +166,17 @@ async def serve(
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
     ready = greeting(config, member, model.config)
+    experts = experts_side(config, member, segment, expert_model)
     offers = Offers(source, member.incarnation)
     executor = StepExecutor(
         model,
         model.allocate_kv(segment.app, ready.num_blocks, ready.block_tokens),
-        LocalExperts(expert_model, segment.beat, wire_int8=config.xccl.int8),
+        experts,
         Sampler(settings.model_path(config), model.config.vocab_size),
         rows_max=rows_max(config, ready.max_model_len),
         incarnation=member.incarnation,
         offers=offers,
+        has_common_steps=isinstance(experts, SharedExperts),
     )
     garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
@@ -149,7 +191,8 @@ async def serve(
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
-    member.vouch = lambda: now_ns() - segment.heartbeat_ns() < hang_ns
+    # A wait for other workers has a deadline of its own.
+    member.vouch = lambda: experts.is_waiting or now_ns() - segment.heartbeat_ns() < hang_ns
     member.counters = lambda: {**executor.counters_now(), **offers.counters()}
     garbage.take_over()
     loop.start()
@@ -158,6 +201,30 @@ async def serve(
         await failed
     finally:
         loop.stop(STOP_TIMEOUT_S)
+        experts.close()
+
+
+def experts_side(
+    config: PodConfig, member: Member, segment: Segment, model: ExpertModel
+) -> LocalExperts | SharedExperts:
+    """Return the way to the experts: they are here, or here and there."""
+    local = LocalExperts(model, segment.beat, wire_int8=config.xccl.int8)
+    if not shares_experts(config):
+        return local
+    table = AddressTable()
+    shape = dispatch_shape(config, model.config, rows_max(config, window(config, model.config)))
+    experts = SharedExperts(
+        Dispatcher(segment, shape, member.index, table, config=config.xccl, service="prefill"),
+        table,
+        model,
+        local,
+        config.xccl,
+        rank=member.index,
+        num_ranks=shape.num_ranks,
+        beat=segment.beat,
+    )
+    experts.pod_map = lambda: member.pod_map
+    return experts
 
 
 def greeting(config: PodConfig, member: Member, model: ModelConfig) -> ExecutorReady:
@@ -167,7 +234,7 @@ def greeting(config: PodConfig, member: Member, model: ModelConfig) -> ExecutorR
         incarnation=member.incarnation,
         num_blocks=config.prefill.cache_tokens // config.kv.block_tokens,
         block_tokens=config.kv.block_tokens,
-        max_model_len=config.scheduler.max_model_len or model.max_position_embeddings,
+        max_model_len=window(config, model),
         vocab_size=model.vocab_size,
     )
 

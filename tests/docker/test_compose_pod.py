@@ -21,7 +21,7 @@ MAX_TOKENS = 200
 KILL_AFTER_TOKENS = 20
 HEALTHY_S_MAX = 180
 HEAL_S_MAX = 60
-NUM_MEMBERS = 10
+NUM_MEMBERS = 12
 VICTIMS = [
     ("expert", 2),
     ("attention", 0),
@@ -29,6 +29,8 @@ VICTIMS = [
     ("scheduler", 0),
     ("scheduler", 1),
     ("manager", 0),
+    ("shell", 0),
+    ("prefill", 0),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The Compose file keeps its promises: one hardened container for each member of the default pod."""
+"""The Compose file keeps its promises: one hardened container for each member of the pod that its settings describe."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import msgspec
 import pytest
 import yaml
 
-from bus.config import PodConfig
+from bus.config import PodConfig, TopologyConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 MEMBERS = sorted(set(SERVICES) - {"bus"})
-TOPOLOGY = PodConfig().topology
+TOPOLOGY = TopologyConfig(prefill_workers=1)  # otherwise the default
 
 
 def expected_members() -> dict[str, list[str]]:
-    """Return the command of each container of the default topology."""
+    """Return the command of each container of the topology."""
     counts = {
         "scheduler": TOPOLOGY.dp_groups,
         "attention": TOPOLOGY.dp_groups,
         "expert": TOPOLOGY.expert_workers,
+        "shell": 1,
+        "prefill": TOPOLOGY.prefill_workers,
     }
     commands = {name: ["run", name, "--index", "0"] for name in ("manager", "gateway")}
     for service, count in counts.items():
@@ -78,6 +80,7 @@ def test_all_members_have_the_same_settings() -> None:
     assert environments[0]["XDS_RUNTIME_DIR"] == "/run/xds"
     assert environments[0]["XDS_TOPOLOGY__DP_GROUPS"] == str(TOPOLOGY.dp_groups)
     assert environments[0]["XDS_TOPOLOGY__EXPERT_WORKERS"] == str(TOPOLOGY.expert_workers)
+    assert environments[0]["XDS_TOPOLOGY__PREFILL_WORKERS"] == str(TOPOLOGY.prefill_workers)
 
 
 def test_every_setting_exists() -> None:

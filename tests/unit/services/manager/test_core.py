@@ -247,6 +247,22 @@ def test_which_groups_serve_after_a_death(full: Harness, dead: Key, serving: tup
     assert published.serving_dp_groups == serving
 
 
+def test_groups_serve_without_prefill_workers_but_the_pod_is_not_healthy() -> None:
+    config = settings.load({"topology.prefill_workers": "1"}, None, {})
+    pod = Harness(config)
+    pod.tick()
+    for key in others(config):
+        if key[0] not in ("shell", "prefill"):
+            pod.hello(key, state="ready")
+    assert pod.core.pod_map().serving_dp_groups == (0, 1) and not pod.core.pod_map().healthy
+    pod.hello(("prefill", 0), state="ready")
+    assert not pod.core.pod_map().healthy
+    pod.hello(("shell", 0), state="ready")
+    assert pod.core.pod_map().healthy
+    refused = only(pod.hello(("prefill", 1)), SendRefused)
+    assert "2 DP groups and 4 expert workers, 1 prefill workers and their shell" in refused.reason
+
+
 def test_a_state_is_published_once(pod: Harness) -> None:
     pod.hello(EXPERT)
     assert only(pod.beat(EXPERT), Publish).pod_map.members[1].state == "ready"

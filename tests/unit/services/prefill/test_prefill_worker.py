@@ -20,7 +20,7 @@ from services.model.batch import Batch
 from services.model.kv_cache import KvCache
 from services.model.reference import ReferenceModel
 from services.model.sampler import Sampler
-from services.prefill.experts import LocalExperts, load_all_experts
+from services.prefill.experts import LocalExperts, load_experts
 from services.shell.events import FromWorker
 from services.steps.executor import StepAbandoned, StepExecutor
 from services.steps.offers import Offers
@@ -48,7 +48,11 @@ class RealWorker:
         self.segment = segment
         self.kv = model.allocate_kv(segment.app, NUM_BLOCKS, BLOCK_TOKENS)
         self.num_beats = 0
-        experts = LocalExperts(load_all_experts(folder, model.config), self._beat, wire_int8=wire_int8)
+        experts = LocalExperts(
+            load_experts(folder, model.config, range(model.config.num_experts)),
+            self._beat,
+            wire_int8=wire_int8,
+        )
         self.executor = StepExecutor(
             model,
             self.kv,
