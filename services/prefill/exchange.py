@@ -107,8 +107,7 @@ class SharedExperts:
 
     def exchange(self, layer: int, moe: MoeInput, step_seq: int) -> Float32Array:
         """See `ExpertsSide`; every worker must call it for the same layers of the same step."""
-        if not self.wanted():
-            raise StepAbandoned
+        # Whether the step is wanted is only asked before it: whoever left in its middle would leave the others waiting.
         if step_seq != self._step:
             self._meet()
             self._step = step_seq
@@ -153,12 +152,12 @@ class SharedExperts:
         give_up = Deadline.after_ms(self._settings.peer_wait_timeout_ms)
         ranks = [Rank("prefill", index) for index in range(self._num_ranks) if index != self._rank]
         while True:
+            if not self.wanted():
+                raise StepAbandoned
             self._learn()
             missing = [str(rank) for rank in ranks if not self._table.alive(rank)]
             if not missing:
                 return
-            if not self.wanted():
-                raise StepAbandoned
             if give_up.expired():
                 waited_ms = self._settings.peer_wait_timeout_ms
                 raise ExpertsAway(f"{', '.join(missing)} away for {waited_ms} ms")

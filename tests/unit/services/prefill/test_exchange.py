@@ -152,11 +152,14 @@ def test_tokens_and_kv_are_the_oracles(family: str, num_ranks: int, int8: bool) 
         assert all(experts.counters()["expert_rows"] > 0 for experts in workers.experts)
 
 
-def test_a_worker_without_rows_takes_part() -> None:
-    folder = GOLDENS / "qwen3_moe"
-    with group(folder, 2) as workers:
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_worker_without_rows_takes_part(family: str, int8: bool) -> None:
+    folder = GOLDENS / family
+    model = oracle(folder, wire_int8=int8)
+    with group(folder, 2, int8=int8) as workers:
         full, empty = workers.step([prefill(tuple(range(20)), 1), EMPTY])
-        assert [full.sampled[0].token_id] == expected_tokens(folder, tuple(range(20)), 1)
+        assert [full.sampled[0].token_id] == expected_tokens(model, tuple(range(20)), 1)
         assert empty.sampled == () and workers.experts[1].counters()["expert_rows"] > 0
 
 
