@@ -19,8 +19,9 @@ while one is away, and a step that failed for one of them is computed again.
 
 A lost worker costs time only: what it was to compute goes back to the pool, in the old order; what it offered is
 reported as failed, although whoever fetches at the time may still succeed. A task under which several workers in a
-row are lost is failed for good. A lost scheduler's tasks are forgotten. Tasks that no worker can take for
-`worker_wait_ns` are failed.
+row are lost is failed for good. A lost scheduler's tasks are forgotten. While no worker
+that could take a task has been there for `worker_wait_ns`, tasks fail soon after they come: a DP group then computes
+its prompts itself.
 
 `check_invariants` asserts: every task is in exactly one place; every worker's batch, offers and blocks agree; long
 and short prompts are where they may be; with a worker connected, a step is outstanding, or there is nothing to do
@@ -98,8 +99,8 @@ class ShellCore:
 
     @property
     def schedulers(self) -> set[str]:
-        """Those whose tasks are known."""
-        return {scheduler for scheduler, _ in self.tasks}
+        """Those that handed over tasks, and are not known to be gone."""
+        return set(self._last_task_ids)
 
     def snapshot(self) -> dict[str, int]:
         """Return gauges and counters for the heartbeat."""
@@ -311,35 +312,30 @@ class ShellCore:
             workers = self._allowed(task)
             if any(worker.executor.connected is not None for worker in workers):
                 continue
-            absent_since_ns = max(worker.executor.absent_since_ns for worker in workers)
-            waited_ns = now_ns - max(absent_since_ns, task.request.arrived_at_ns)
-            if waited_ns >= self.settings.worker_wait_ns:
-                self.pool.remove(task)
-                task.request.move_to(RequestStatus.FINISHED_ERROR)
+            absent_ns = now_ns - max(worker.executor.absent_since_ns for worker in workers)
+            if absent_ns >= self.settings.worker_wait_ns:
                 kind = "prefill worker for long prompts" if workers[0].takes_long else "prefill worker"
-                text = f"no {kind} for {waited_ns // 1_000_000} ms"
-                self._fail(task, "worker_absent", text, retryable=True)
+                self._fail_pooled(task, f"no {kind} for {absent_ns // 1_000_000} ms")
+
+    def _fail_pooled(self, task: Task, text: str) -> None:
+        self.pool.remove(task)
+        task.request.move_to(RequestStatus.FINISHED_ERROR)
+        self._fail(task, "worker_absent", text, retryable=True)
 
     def _check_group(self, now_ns: int) -> None:
-        """Fail what waits too long for a worker without whom nobody can step."""
+        """Fail everything when a worker is away for too long without whom nobody can step."""
         missing = [worker for worker in self.workers if worker.executor.connected is None]
-        if not missing:
+        absent_since_ns = min((worker.executor.absent_since_ns for worker in missing), default=now_ns)
+        if now_ns - absent_since_ns < self.settings.worker_wait_ns:
             return
-        absent_since_ns = min(worker.executor.absent_since_ns for worker in missing)
+        away = ", ".join(f"prefill-{worker.index}" for worker in missing)
+        text = f"{away} is away, without whom nobody computes prompts"
         for worker in self.workers:
-            for task in list(worker.tasks.values()):
-                if not worker.step_has(task.request) and self._is_overdue(task, absent_since_ns, now_ns):
-                    self._take_out(worker, task, RequestStatus.FINISHED_ERROR)
-                    self._fail(task, "worker_absent", _away(missing), retryable=True)
+            for task in [task for task in worker.tasks.values() if not worker.step_has(task.request)]:
+                self._take_out(worker, task, RequestStatus.FINISHED_ERROR)
+                self._fail(task, "worker_absent", text, retryable=True)
         for task in list(self.pool):
-            if self._is_overdue(task, absent_since_ns, now_ns):
-                self.pool.remove(task)
-                task.request.move_to(RequestStatus.FINISHED_ERROR)
-                self._fail(task, "worker_absent", _away(missing), retryable=True)
-
-    def _is_overdue(self, task: Task, absent_since_ns: int, now_ns: int) -> bool:
-        waited_ns = now_ns - max(absent_since_ns, task.request.arrived_at_ns)
-        return waited_ns >= self.settings.worker_wait_ns
+            self._fail_pooled(task, text)
 
     # ---------------------------------------------------------------- assignment
 
@@ -544,7 +540,3 @@ class ShellCore:
             assert is_blocked or is_idle or is_held, "prompts wait for nothing"
         wanted = {task.key: task for task in places if task.is_wanted}
         assert wanted == self.tasks, "a task is lost or left over"
-
-
-def _away(missing: list[Worker]) -> str:
-    return f"{', '.join(f'prefill-{worker.index}' for worker in missing)} is away, without whom nobody computes prompts"

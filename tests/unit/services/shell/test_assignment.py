@@ -82,6 +82,9 @@ def test_a_short_prompt_waits_for_a_short_worker_while_the_long_one_is_idle() ->
     driver.now_ns += 500
     driver.feed(Tick())
     assert driver.failed() == [(1, "worker_absent", True)]
+    driver.add(create_task(3, range(9)))
+    driver.feed(Tick())
+    assert driver.failed()[1:] == [(3, "worker_absent", True)], "by now it is clear that nobody comes"
 
 
 def test_workers_that_share_the_experts_step_together() -> None:
