@@ -383,3 +383,24 @@ def test_parts_of_the_table_do_not_overlap() -> None:
 def test_a_sink_needs_room_for_its_blocks() -> None:
     with pytest.raises(ValueError, match="hold no 9 blocks"):
         KvSink(bytearray(8), num_blocks=9, block_bytes=4, index=0, incarnation=1, rank="attention-0")
+
+
+def test_every_source_and_sink_of_a_mesh_are_a_pair_of_their_own(pod: str) -> None:
+    layout = TransferLayout(num_blocks=8, block_bytes=BLOCK_BYTES, num_slots=8, num_sinks=3)
+    sources = [SourceSide(pod, index=index, layout=layout) for index in range(4)]
+    sinks = [SinkSide(index=index) for index in range(3)]
+    for i, prefill in enumerate(sources):
+        prefill.blocks[:] = 10 * i + np.arange(8)[:, None]
+        for decode in sinks:
+            decode.sink.post(i, prefill.source.offer([2, 5], 32), 0, [2 * i, 2 * i + 1])
+    while sum(decode.sink.progress(BLOCK_BYTES) for decode in sinks):
+        pass
+    for decode in sinks:
+        assert [c.error for c in decode.sink.completions()] == [""] * 4
+        assert decode.blocks[:, 0].tolist() == [2, 5, 12, 15, 22, 25, 32, 35]
+        assert decode.sink.num_mapped == 4
+        decode.close()
+    for prefill in sources:
+        assert sorted(prefill.source.ended()) == [1, 2, 3]
+        assert prefill.source.counters.blocks_sent == 6
+        prefill.close()
