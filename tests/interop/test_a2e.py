@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +11,7 @@ import pytest
 
 from bus.clock import Deadline
 from bus.errors import SegmentCorrupt
-from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
+from bus.memory.segment import Segment, segment_name
 from bus.xccl.cost import Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
@@ -24,70 +19,21 @@ from bus.xccl.group import AddressTable
 from bus.xccl.relay import RoutedExpert
 from bus.xccl.relay_layout import RelayShape
 from bus.xccl.trampoline import RoutedAttention
-from tests.interop import second
+from tests.interop.conftest import Peer
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES: dict[str, Any] = {"rows_max": 7, "num_slots": 3, "hidden": 20, "num_microbatches": 2}
 SHAPE = RelayShape(num_attention_ranks=1, num_expert_ranks=2, has_trampolines=False, **SIZES)
 THEIR_SHAPE = {"num_attention": 1, "num_experts": 2, **SIZES}
 EVENTS = [Event(step, 3, step % 2, 1) for step in range(12)]
 WAIT_NS = 5_000_000
 
-pytestmark = pytest.mark.skipif(not second.SOUND, reason="plain accesses order nothing here: see second.py")
-
-
-class Peer:
-    """A process of the second implementation."""
-
-    def __init__(self, role: str, config: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.interop.second_a2e_child", role, json.dumps(config)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.segment = str(self.line()["segment"])
-
-    def line(self) -> dict[str, Any]:
-        """Return its next finding; its own deadlines bound the wait."""
-        assert self.process.stdout is not None
-        found: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return found
-
-    def go_on(self) -> None:
-        """Let it begin, or end."""
-        assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-
-    def end(self) -> None:
-        """Kill it if it runs, and collect it."""
-        self.process.kill()
-        self.process.wait(20)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
-
 
 @pytest.fixture
-def pod() -> Iterator[str]:
-    name = f"interop{uuid.uuid4().hex[:12]}"
-    yield name
-    sweep(segment_prefix(name))
-    assert total_bytes(segment_prefix(name)) == 0
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Peer]]:
-    peers: list[Peer] = []
-
+def start(launch: Callable[..., Peer]) -> Callable[..., Peer]:
     def run(role: str, **config: object) -> Peer:
-        peers.append(Peer(role, {"shape": THEIR_SHAPE, "incarnation": 9, **config}))
-        return peers[-1]
+        return launch("second_a2e_child", role, {"shape": THEIR_SHAPE, "incarnation": 9, **config})
 
-    yield run
-    for peer in peers:
-        peer.end()
+    return run
 
 
 def own_segment(pod: str, service: str, index: int) -> Segment:
@@ -123,7 +69,7 @@ def test_their_experts_serve_our_attention(pod: str, start: Callable[..., Peer])
         assert (out == wanted).all()
     for peer in peers:
         peer.go_on()
-        assert peer.line() == {"imported": []}
+        peer.finish()
     end.close()
     table.close()
     segment.unlink()
@@ -169,7 +115,7 @@ def test_our_experts_serve_their_attention(pod: str, start: Callable[..., Peer])
         for row, slot, values in results:
             assert (np.array(values, np.float32) == x[row] * (experts[row, slot] + 1)).all()
     peer.go_on()
-    assert peer.line() == {"imported": []}
+    peer.finish()
     for end, table, segment in zip(ends, tables, segments, strict=True):
         end.close()
         table.close()

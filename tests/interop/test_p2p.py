@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import struct
-import subprocess
-import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,12 @@ from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.errors import EventMismatch, PeerDied, SegmentCorrupt
 from bus.memory.ring import RingLayout
-from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
+from bus.memory.segment import Segment, segment_name
 from bus.xccl.endpoint import Endpoint, World
 from bus.xccl.p2p import P2p, SlowP2p
 from tests.interop import second
+from tests.interop.conftest import Peer
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD = World.of(attention=1, expert=1)
 US, THEM = WORLD.ranks
 SHAPES: list[tuple[str, tuple[int, ...]]] = [
@@ -41,47 +37,6 @@ SHAPES: list[tuple[str, tuple[int, ...]]] = [
     ("|u1", (129,)),
     (">i4", (40, 40)),
 ]
-
-pytestmark = pytest.mark.skipif(not second.SOUND, reason="plain accesses order nothing here: see second.py")
-
-
-class Peer:
-    """A process of the second implementation."""
-
-    def __init__(self, role: str, config: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.interop.second_child", role, json.dumps(config)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.segment = str(self.line()["segment"])
-
-    def line(self) -> dict[str, Any]:
-        """Return its next finding; its own deadlines bound the wait."""
-        assert self.process.stdout is not None
-        found: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return found
-
-    def finish(self) -> None:
-        """Take its last words: nothing of ours was imported, and it ended well."""
-        assert self.line() == {"imported": []}
-        assert self.process.wait(20) == 0
-
-    def end(self) -> None:
-        """Kill it if it runs, and collect it."""
-        self.process.kill()
-        self.process.wait(20)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-@pytest.fixture
-def pod() -> Iterator[str]:
-    name = f"interop{uuid.uuid4().hex[:12]}"
-    yield name
-    sweep(segment_prefix(name))
-    assert total_bytes(segment_prefix(name)) == 0
 
 
 @pytest.fixture(params=[(2, 128), (3, 192), (8, 1000)], ids=str)
@@ -106,24 +61,18 @@ def endpoint(pod: str, ring: RingLayout) -> Iterator[Endpoint]:
 
 
 @pytest.fixture
-def start(pod: str, endpoint: Endpoint) -> Iterator[Callable[..., Peer]]:
+def start(pod: str, endpoint: Endpoint, launch: Callable[..., Peer]) -> Callable[..., Peer]:
     """Start a peer with a ring of the same geometry, and learn its address."""
-    peers: list[Peer] = []
 
     def run(role: str, incarnation: int = 9, **config: object) -> Peer:
         name = segment_name(pod, THEM.service, THEM.index, incarnation)
         geometry = {"num_slots": endpoint.p2p_ring.num_slots, "slot_bytes": endpoint.p2p_ring.slot_bytes}
-        peer = Peer(
-            role,
-            {"name": name, "incarnation": incarnation, "peer": endpoint.segment.name, **geometry, **config},
-        )
-        peers.append(peer)
+        own = {"name": name, "incarnation": incarnation, "peer": endpoint.segment.name}
+        peer = launch("second_child", role, {**own, **geometry, **config})
         endpoint.learn(THEM, incarnation, name)
         return peer
 
-    yield run
-    for peer in peers:
-        peer.end()
+    return run
 
 
 def soon() -> Deadline:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import pytest
 
 from bus.memory.layout import SegmentLayout
-from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
+from bus.memory.segment import Segment, segment_name
+from tests.harness.segments import fresh_pod
 from tests.native.build import build_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,10 +83,8 @@ class Child:
 
 @pytest.fixture
 def pod() -> Iterator[str]:
-    name = f"litmus{uuid.uuid4().hex[:12]}"
-    yield name
-    sweep(segment_prefix(name))
-    assert total_bytes(segment_prefix(name)) == 0
+    with fresh_pod("litmus") as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,15 @@
-"""A pod name of one's own for every test, and proof that nothing of it stays in shared memory; two sides of a link."""
+"""Two sides of a link."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from bus.memory.segment import segment_prefix, sweep, total_bytes
 from bus.memory.wait import WaitStrategy
 from tests.harness.p2p_sides import A, B, Side, soon, together, two_sides
 from tests.harness.reading import NO_READING, can_read_processes
-
-
-@pytest.fixture
-def pod() -> Iterator[str]:
-    name = f"unit{uuid.uuid4().hex[:12]}"
-    yield name
-    sweep(segment_prefix(name))
-    assert total_bytes(segment_prefix(name)) == 0
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
 import pytest
 
-from bus.memory.segment import segment_prefix, sweep, total_bytes
+from tests.harness.segments import fresh_pod
 
 
 @pytest.fixture
 def pod() -> Iterator[str]:
-    name = f"unit{uuid.uuid4().hex[:12]}"
-    yield name
-    sweep(segment_prefix(name))
-    assert total_bytes(segment_prefix(name)) == 0
+    with fresh_pod("unit") as name:
+        yield name
