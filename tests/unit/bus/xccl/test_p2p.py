@@ -326,6 +326,19 @@ def test_an_ack_beyond_the_tail_is_corrupt(pair: Pair) -> None:
         sent.result(20)
 
 
+def test_an_ack_that_goes_back_is_corrupt(pair: Pair) -> None:
+    sent = pair.start(np.zeros(1), 1)
+    pair.receiver.recv(None, A, 1, soon())
+    sent.result(20)
+    sent = pair.start(np.zeros(1), 2)
+    pair.arrived()
+    cell = pair.a.cell_from(B, P2P_ACK_LANE)
+    _native.write_cell(pair.a.segment.buf, cell, stamp(1, 99), 1, 0, 0)
+    pair.a.segment.ring_doorbell()
+    with pytest.raises(SegmentCorrupt, match="head 0 after 1 does not fit tail 2 and 4 slots"):
+        sent.result(20)
+
+
 @pytest.mark.parametrize(
     ("at", "bad", "text"),
     [

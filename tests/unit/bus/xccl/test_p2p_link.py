@@ -11,9 +11,10 @@ import pytest
 from bus.clock import Deadline
 from bus.errors import PeerStalled
 from bus.memory import _native
+from bus.memory.ring import RingLayout
 from bus.memory.wait import Adaptive, Blocking, Spin, Yielding
 from bus.xccl.p2p import P2p
-from tests.harness.p2p_sides import A, B, Side, soon, together
+from tests.harness.p2p_sides import A, B, Side, soon, together, two_sides
 
 
 @pytest.mark.parametrize("strategy", [Adaptive(20_000), Adaptive(0), Blocking(), Yielding(), Spin()])
@@ -39,6 +40,18 @@ def test_a_sleeping_waiter_uses_no_cpu(sides: tuple[Side, Side]) -> None:
     with pytest.raises(PeerStalled):
         sides[1].p2p.recv(None, A, 1, Deadline.after_ms(1000 * wait_s))
     assert time.thread_time() - before < wait_s / 20
+
+
+def test_chunks_so_long_that_the_interpreter_goes_on_meanwhile(pod: str) -> None:
+    a, b = two_sides(pod, p2p_ring=RingLayout(num_slots=2, slot_bytes=64 * 1024))
+    x = np.random.default_rng(3).integers(0, 256, 300_001, np.uint8)
+    b.p2p.accept(A)
+    handle = a.p2p.isend(x, B, 1)
+    got = together(lambda: handle.wait(soon()), lambda: b.p2p.recv(None, A, 1, soon()))
+    assert np.array_equal(got, x)
+    assert b.p2p.stats()[A, "recv"]["num_pulled"] == 0
+    a.close()
+    b.close()
 
 
 def test_a_second_thread_is_refused(sides: tuple[Side, Side]) -> None:

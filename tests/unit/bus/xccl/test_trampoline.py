@@ -78,6 +78,18 @@ def test_expert_ranks_that_widen_and_such_that_do_not_serve_one_exchange(
         assert world.receive(world.attention[1], handle).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("route", Route)
+def test_rows_so_wide_that_the_interpreter_goes_on_meanwhile(route: Route, rng: np.random.Generator) -> None:
+    shape = replace(SHAPE, hidden=2048)
+    with RelayWorld(shape) as world:
+        x, rank, expert = routing(rng, shape, shape.rows_max)
+        assert x.nbytes >= 16_384
+        handle = world.attention[1].a2e_send(x, rank, expert, Event(1, 0), route)
+        world.serve_all(rng)
+        out = world.receive(world.attention[1], handle)
+        assert np.array_equal(out, exchange(x, rank, expert, expert_product))
+
+
 def test_one_metadata_write_replaces_one_per_expert_rank(world: RelayWorld, rng: np.random.Generator) -> None:
     x, _, expert = routing(rng, SHAPE, 8)
     rank = expert % 6
