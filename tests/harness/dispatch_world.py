@@ -12,7 +12,7 @@ from bus.clock import Deadline
 from bus.xccl.dispatch import Dispatcher
 from bus.xccl.dispatch_layout import DispatchResult, DispatchShape, Int8DispatchResult
 from bus.xccl.event import Event
-from tests.harness.group_world import CONFIG, GroupWorld
+from tests.harness.group_world import GroupWorld
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
@@ -63,7 +63,7 @@ class DispatchWorld(GroupWorld[DispatchShape, Dispatcher]):
     """All ranks of a group."""
 
     def open(self, index: int) -> Dispatcher:
-        return Dispatcher(self.segments[index], self.shape, index, self.tables[index], config=CONFIG)
+        return Dispatcher(self.segments[index], self.shape, index, self.tables[index], config=self.config)
 
     def routed(
         self, rng: np.random.Generator, tokens: Sequence[int], *, none_share: float = 0.2

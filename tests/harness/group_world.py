@@ -39,8 +39,8 @@ T = TypeVar("T")
 class GroupWorld(ABC, Generic[Shape, Side]):
     """All ranks of a group, each with a segment and an address table of its own."""
 
-    def __init__(self, shape: Shape, pod: str = "") -> None:
-        self.shape, self.pod = shape, pod or f"group{uuid.uuid4().hex[:10]}"
+    def __init__(self, shape: Shape, pod: str = "", *, config: XcclConfig = CONFIG) -> None:
+        self.shape, self.config, self.pod = shape, config, pod or f"group{uuid.uuid4().hex[:10]}"
         self.segments: list[Segment] = []
         self.tables: list[AddressTable] = []
         self.ranks: list[Side] = []

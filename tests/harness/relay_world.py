@@ -34,6 +34,7 @@ class RelayWorld:
 
     shape: RelayShape
     rule: CostRule = UNMEASURED
+    config: XcclConfig = CONFIG
     pod: str = field(default_factory=lambda: f"relay{uuid.uuid4().hex[:10]}")
     segments: dict[Rank, Segment] = field(default_factory=dict)
     tables: dict[Rank, AddressTable] = field(default_factory=dict)
@@ -65,11 +66,11 @@ class RelayWorld:
 
     def open_attention(self, index: int, incarnation: int) -> RoutedAttention:
         segment, table = self._open(Rank("attention", index), incarnation)
-        return RoutedAttention(segment, self.shape, index, table, config=CONFIG, rule=self.rule)
+        return RoutedAttention(segment, self.shape, index, table, config=self.config, rule=self.rule)
 
     def open_expert(self, index: int, incarnation: int) -> RoutedExpert:
         segment, table = self._open(Rank("expert", index), incarnation)
-        return RoutedExpert(segment, self.shape, index, table, config=CONFIG)
+        return RoutedExpert(segment, self.shape, index, table, config=self.config)
 
     def end(self, rank: Rank) -> None:
         """The process of `rank` ends."""

@@ -1,4 +1,4 @@
-"""A rank of a group: `group_child.py dispatch|dispatch_int8|alltoall POD RANK INCARNATION POLL_MS`.
+"""A rank of a group: `group_child.py dispatch|dispatch_int8|alltoall POD RANK INCARNATION POLL_MS SPIN_US`.
 
 Prints `ready`, then obeys the lines on stdin: `run FIRST LAST` exchanges the steps FIRST..LAST and prints `done LAST`,
 `died STEP PEER` or `moved STEP PEER`; `arm POINT` dies at that fault point of the extension; `learn RANK INCARNATION`
@@ -38,7 +38,7 @@ class Member(ABC):
     shape: DispatchShape | AllToAllShape
     side: Dispatcher | AllToAll
 
-    def __init__(self, pod: str, rank: int, incarnation: int, poll_ms: int) -> None:
+    def __init__(self, pod: str, rank: int, incarnation: int, poll_ms: int, spin_us: int) -> None:
         self.pod, self.rank = pod, rank
         name = segment_name(pod, "expert", rank, incarnation)
         self.segment = Segment.create(
@@ -47,7 +47,7 @@ class Member(ABC):
         self.table = AddressTable()
         for peer in range(NUM_RANKS):
             self.learn(peer, incarnation if peer == rank else 1)
-        self.open(XcclConfig(spin_us=0, poll_interval_ms=poll_ms))
+        self.open(XcclConfig(spin_us=spin_us, poll_interval_ms=poll_ms))
 
     @abstractmethod
     def open(self, config: XcclConfig) -> None:
@@ -189,4 +189,4 @@ def main(member: Member) -> None:
 
 if __name__ == "__main__":
     kind = {"dispatch": Routed, "dispatch_int8": RoutedInt8, "alltoall": Plain}[sys.argv[1]]
-    main(kind(sys.argv[2], *map(int, sys.argv[3:6])))
+    main(kind(sys.argv[2], *map(int, sys.argv[3:7])))

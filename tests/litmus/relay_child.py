@@ -1,4 +1,4 @@
-"""A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION`.
+"""A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION [polls]`.
 
 Prints `ready`, then obeys the lines on stdin, one answer each: `arm POINT` says `armed` and dies at that fault point of
 the extension; `learn SERVICE INDEX INCARNATION` brings an address and says `learned`; an attention rank exchanges the
@@ -28,7 +28,7 @@ from bus.xccl.trampoline import RoutedAttention
 
 # Expert rank 0 is the attention rank's trampoline.
 SHAPE = RelayShape(num_attention_ranks=1, num_expert_ranks=2, rows_max=4, num_slots=2, hidden=32)
-CONFIG = XcclConfig(spin_us=0, poll_interval_ms=20)
+SLEEPS, POLLS = XcclConfig(spin_us=0, poll_interval_ms=20), XcclConfig()
 DEADLINE_MS = 60_000
 
 
@@ -87,8 +87,8 @@ def exchange(side: RoutedAttention, route: Route, step: int) -> None:
         raise AssertionError(f"step {step}: {out} is not {expected(step)}")
 
 
-def attend(member: Member) -> None:
-    side = RoutedAttention(member.segment, SHAPE, 0, member.table, config=CONFIG)
+def attend(member: Member, config: XcclConfig) -> None:
+    side = RoutedAttention(member.segment, SHAPE, 0, member.table, config=config)
     for line in sys.stdin:
         match line.split():
             case ["run", route, first, last]:
@@ -104,8 +104,8 @@ def attend(member: Member) -> None:
     side.close()
 
 
-def serve(member: Member, index: int) -> None:
-    side = RoutedExpert(member.segment, SHAPE, index, member.table, config=CONFIG)
+def serve(member: Member, index: int, config: XcclConfig) -> None:
+    side = RoutedExpert(member.segment, SHAPE, index, member.table, config=config)
     corrupt: list[SegmentCorrupt] = []
     while True:
         arrivals = side.poll(corrupt.append)
@@ -123,15 +123,16 @@ def serve(member: Member, index: int) -> None:
     print("served", len(corrupt), flush=True)
 
 
-def main(service: str, pod: str, index: int, incarnation: int) -> None:
+def main(service: str, pod: str, index: int, incarnation: int, config: XcclConfig) -> None:
     member = Member(pod, service, index, incarnation)
     print("ready", flush=True)
     if service == "attention":
-        attend(member)
+        attend(member, config)
     else:
-        serve(member, index)
+        serve(member, index, config)
     member.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    waiting = POLLS if "polls" in sys.argv else SLEEPS
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), waiting)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bus.config import XcclConfig
 from bus.memory import _native
 from bus.memory.segment import Segment, segment_name
 from bus.xccl.event import Event
@@ -52,13 +53,14 @@ Spawn = Callable[..., Any]
 class Group:
     """The processes of a group."""
 
-    def __init__(self, spawn: Spawn, pod: str, kind: str, poll_ms: int = 20, **how: Any) -> None:
+    def __init__(self, spawn: Spawn, pod: str, kind: str, **how: Any) -> None:
         self._spawn, self._pod, self._kind = spawn, pod, kind
-        self.children = [self._start(rank, 1, poll_ms, **how) for rank in range(NUM_RANKS)]
+        self.children = [self._start(rank, 1, **how) for rank in range(NUM_RANKS)]
         assert [child.line() for child in self.children] == ["ready"] * NUM_RANKS
 
-    def _start(self, rank: int, incarnation: int, poll_ms: int = 20, **how: Any) -> Any:
-        return self._spawn(self._kind, self._pod, rank, incarnation, poll_ms, script="group_child.py", **how)
+    def _start(self, rank: int, incarnation: int, poll_ms: int = 20, spin_us: int = 0, **how: Any) -> Any:
+        args = (self._kind, self._pod, rank, incarnation, poll_ms, spin_us)
+        return self._spawn(*args, script="group_child.py", **how)
 
     def run(self, first: int, last: int) -> None:
         """Exchange the steps; everybody must succeed."""
@@ -94,10 +96,11 @@ class Group:
         assert [child.wait() for child in self.children] == [0] * NUM_RANKS
 
 
+@pytest.mark.parametrize("spin_us", [0, XcclConfig().spin_us], ids=["sleeps", "polls"])
 @pytest.mark.parametrize("kind", ["dispatch", "dispatch_int8", "alltoall"])
-def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, kind: str) -> None:
+def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, kind: str, spin_us: int) -> None:
     # Nobody looks up by himself within the deadlines of an exchange: a lost wake-up would end it.
-    group = Group(spawn, pod, kind, poll_ms=120_000)
+    group = Group(spawn, pod, kind, poll_ms=120_000, spin_us=spin_us)
     group.run(1, 1000)
     group.finish()
 

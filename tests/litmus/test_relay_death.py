@@ -53,9 +53,9 @@ Spawn = Callable[..., Any]
 Pod = dict[tuple[str, int], Any]
 
 
-def start(spawn: Spawn, pod: str, rank: tuple[str, int], incarnation: int = 1, **how: Any) -> Any:
+def start(spawn: Spawn, pod: str, rank: tuple[str, int], incarnation: int = 1, *more: str, **how: Any) -> Any:
     service, index = rank
-    return spawn(service, pod, index, incarnation, script="relay_child.py", **how)
+    return spawn(service, pod, index, incarnation, *more, script="relay_child.py", **how)
 
 
 @pytest.fixture
@@ -85,10 +85,25 @@ def go_on(spawn: Spawn, pod: str, members: Pod, victim: tuple[str, int]) -> None
     for route, first in ((DIRECT, 10), (TRAMPOLINE, 30)):
         members["attention", 0].say(f"run {route} {first} {first + 9}")
         assert members["attention", 0].line() == f"done {first + 9}"
+    end(members)
+
+
+def end(members: Pod) -> None:
     for child in members.values():
         child.process.stdin.close()
     assert [members["expert", index].line() for index in (0, 1)] == ["served 0"] * 2
     assert [child.wait() for child in members.values()] == [0] * len(RANKS)
+
+
+@pytest.mark.parametrize("waiting", ["sleeps", "polls"])
+def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, waiting: str) -> None:
+    members = {rank: start(spawn, pod, rank, 1, waiting) for rank in RANKS}
+    assert [child.line() for child in members.values()] == ["ready"] * len(RANKS)
+    for first in range(1, 1000, 200):
+        for route, at in ((DIRECT, first), (TRAMPOLINE, first + 100)):
+            members["attention", 0].say(f"run {route} {at} {at + 99}")
+            assert members["attention", 0].line() == f"done {at + 99}"
+    end(members)
 
 
 @pytest.mark.parametrize(("route", "victim", "point", "outcomes"), CASES)

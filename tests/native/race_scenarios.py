@@ -32,6 +32,7 @@ WORLD = World.of(attention=1, expert=1)
 SENDER, RECEIVER = WORLD.ranks
 RING = RingLayout(num_slots=4, slot_bytes=256)
 STEPS = 100  # exchanges of a group
+SLEEPS, POLLS = XcclConfig(spin_us=0, poll_interval_ms=5), XcclConfig()
 
 _create = Segment.create
 _owned: dict[str, Segment] = {}
@@ -123,7 +124,7 @@ def two_ends(incarnation: int, config: XcclConfig, app_bytes: int) -> Iterator[l
 
 def p2p() -> None:
     """Messages of one record, of many, and ones that are pulled from the sender's app area, under two ways to wait."""
-    for incarnation, config in enumerate((XcclConfig(), XcclConfig(spin_us=0)), 1):
+    for incarnation, config in enumerate((POLLS, SLEEPS), 1):
         with two_ends(incarnation, config, 1 << 18) as ends:
             exchange_messages(*ends, [1, 200, 256, 1000, 5000, 1 << 17] * 100)
 
@@ -208,8 +209,11 @@ def dispatch() -> None:
     from tests.harness.dispatch_world import DispatchWorld
 
     plain = DispatchShape(num_ranks=3, max_tokens=6, top_k=2, hidden=96, num_local_experts=2)
-    for shape in (plain, replace(plain, int8=True), replace(plain, int8=True, deliver_int8=True)):
-        with DispatchWorld(shape, pod=POD) as world:
+    int8 = replace(plain, int8=True)
+    for config, shape in (
+        (SLEEPS, plain), (POLLS, plain), (POLLS, int8), (SLEEPS, replace(int8, deliver_int8=True))
+    ):  # fmt: skip
+        with DispatchWorld(shape, pod=POD, config=config) as world:
             rng = np.random.default_rng(3)
             inputs = [world.routed(rng, rng.integers(0, 7, 3).tolist()) for _ in range(STEPS)]
 
@@ -227,19 +231,20 @@ def alltoall() -> None:
     from tests.harness.alltoall_world import AllToAllWorld
 
     shape = AllToAllShape(num_ranks=3, stage_bytes=3 << 13, area_bytes=3 << 13)
-    with AllToAllWorld(shape, pod=POD) as world:
 
-        def exchange(rank: int) -> None:
-            side = world.ranks[rank]
-            for step in range(1, 3 * STEPS):
-                width = (1 << 13, 1 << 13, 64)[step % 3]
-                rows = side.area((3, width), np.uint8) if step % 3 else np.empty((3, width), np.uint8)
-                _native.copy(rows, 0, np.full((3, width), (step + rank) % 251, np.uint8), 0, 3 * width)
-                out = np.empty((3, width), np.uint8) if step % 2 else None  # both ways of a call
-                got = side.exchange_fixed(rows, event=Event(step, 0), deadline=soon(), out=out)
-                assert (got == (step + np.arange(3)[:, None]) % 251).all()
+    def exchange(world: AllToAllWorld, rank: int) -> None:
+        side = world.ranks[rank]
+        for step in range(1, 2 * STEPS):
+            width = (1 << 13, 1 << 13, 64)[step % 3]
+            rows = side.area((3, width), np.uint8) if step % 3 else np.empty((3, width), np.uint8)
+            _native.copy(rows, 0, np.full((3, width), (step + rank) % 251, np.uint8), 0, 3 * width)
+            out = np.empty((3, width), np.uint8) if step % 2 else None  # both ways of a call
+            got = side.exchange_fixed(rows, event=Event(step, 0), deadline=soon(), out=out)
+            assert (got == (step + np.arange(3)[:, None]) % 251).all()
 
-        run_threads(*[partial(exchange, rank) for rank in range(3)])
+    for config in (SLEEPS, POLLS):
+        with AllToAllWorld(shape, pod=POD, config=config) as world:
+            run_threads(*[partial(exchange, world, rank) for rank in range(3)])
 
 
 def relay() -> None:
@@ -249,33 +254,34 @@ def relay() -> None:
     from tests.harness.relay_world import RelayWorld, raise_error, routing, work
 
     shape = RelayShape(num_attention_ranks=4, num_expert_ranks=3, rows_max=5, num_slots=2, hidden=48)
-    with RelayWorld(shape, pod=POD) as world:
-        left = [shape.num_attention_ranks]
 
-        def attend(index: int) -> None:
-            rng, side = np.random.default_rng(index), world.attention[index]
-            for step in range(1, STEPS):
-                x, ranks, experts = routing(rng, shape, int(rng.integers(0, 6)))
-                route = Route.DIRECT if step % 2 else Route.TRAMPOLINE
-                handle = side.a2e_send(x, ranks, experts, Event(step, 0), route)
-                out = np.zeros((handle.num_rows, shape.num_slots, shape.hidden), np.float32)
-                side.e2a_recv(handle, out, soon())
-            left[0] -= 1
+    def attend(world: RelayWorld, left: list[int], index: int) -> None:
+        rng, side = np.random.default_rng(index), world.attention[index]
+        for step in range(1, STEPS):
+            x, ranks, experts = routing(rng, shape, int(rng.integers(0, 6)))
+            route = Route.DIRECT if step % 2 else Route.TRAMPOLINE
+            handle = side.a2e_send(x, ranks, experts, Event(step, 0), route)
+            out = np.zeros((handle.num_rows, shape.num_slots, shape.hidden), np.float32)
+            side.e2a_recv(handle, out, soon())
+        left.pop()
 
-        def serve(index: int) -> None:
-            side = world.experts[index]
-            while left[0]:
-                arrivals = side.poll(raise_error)
-                for arrival in arrivals:
-                    work(arrival)
-                    side.commit(arrival)
-                if not arrivals:
-                    side.wait(timeout_ns=10_000_000)
+    def serve(world: RelayWorld, left: list[int], index: int) -> None:
+        side = world.experts[index]
+        while left:
+            arrivals = side.poll(raise_error)
+            for arrival in arrivals:
+                work(arrival)
+                side.commit(arrival)
+            if not arrivals:
+                side.wait(timeout_ns=10_000_000)
 
-        run_threads(
-            *[lambda i=i: attend(i) for i in range(shape.num_attention_ranks)],
-            *[lambda i=i: serve(i) for i in range(shape.num_expert_ranks)],
-        )
+    for config in (SLEEPS, POLLS):
+        with RelayWorld(shape, pod=POD, config=config) as world:
+            left = [1] * shape.num_attention_ranks
+            run_threads(
+                *[partial(attend, world, left, i) for i in range(shape.num_attention_ranks)],
+                *[partial(serve, world, left, i) for i in range(shape.num_expert_ranks)],
+            )
 
 
 SCENARIOS = {function.__name__: function for function in (p2p, lanes, ring, dispatch, alltoall, relay)}
