@@ -274,6 +274,24 @@ take_inline(LinkEnd *end, const Record *record, uint64_t start)
     return DONE;
 }
 
+#define GONE_TRIES 1000 /* a millisecond apart */
+
+/* Raise what is known against the sender's life: -1. Otherwise 0. A process that ends loses its memory a moment before
+ * its lock, so with ESRCH the lock is looked at until it is free. */
+static int
+check_sender(LinkEnd *end, uint64_t event_id, int error)
+{
+    const struct timespec nap = {.tv_nsec = 1000000};
+    int outcome = link_check_peer(end, event_id);
+    for (int tries = 1; outcome == 0 && error == ESRCH && tries < GONE_TRIES; tries++) {
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&nap, NULL);
+        Py_END_ALLOW_THREADS
+        outcome = link_check_peer(end, event_id);
+    }
+    return outcome;
+}
+
 /* Copy a whole array out of a segment, or out of the sender's memory. LOST: the sender has withdrawn it. */
 static int
 take_whole(LinkEnd *end, uint64_t start)
@@ -303,7 +321,7 @@ take_whole(LinkEnd *end, uint64_t start)
             return LOST;
         }
         if (error != 0) {
-            return link_check_peer(end, op->event_id) < 0
+            return check_sender(end, op->event_id, error) < 0
                        ? -1
                        : link_error(end, CORRUPT, op->event_id, "%llu bytes of the sender's memory: %s",
                                     (unsigned long long)op->num_bytes, strerror(error));

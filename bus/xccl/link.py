@@ -22,6 +22,7 @@ have no C form.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ from bus.xccl.message import (
 U32 = 0xFFFFFFFF
 END_BITS = 48
 END_MASK = (1 << END_BITS) - 1
+GONE_TRIES = 1000  # a millisecond apart
 
 
 class CellPosition:
@@ -319,6 +321,9 @@ class Incoming:
         if _native.load_u32(record.payload, at) == WITHDRAWN:  # SYNC: read-state
             return False
         endpoint.check_alive(self._peer, self.segment, event_id)  # it was its memory, not that of a successor
+        for _ in range(GONE_TRIES if isinstance(error, ProcessLookupError) else 0):
+            time.sleep(0.001)  # a process that ends loses its memory a moment before its lock
+            endpoint.check_alive(self._peer, self.segment, event_id)
         if error is not None:
             text = f"{len(data)} bytes of the sender's memory: {error}"
             raise _corrupt(endpoint, self._peer, text, event_id) from error

@@ -64,6 +64,13 @@ def die(point: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave_lock() -> None:
+    """Make a process that holds this one's descriptors, and so its lock, until stdin says or closes."""
+    if os.fork() == 0:
+        sys.stdin.readline()
+        os._exit(0)
+
+
 def arm(point: str) -> None:
     """Die at this fault point of the extension from now on (see bus/memory/_fault.h)."""
     os.environ["XDS_FAULT_POINT"] = point
@@ -107,6 +114,8 @@ def sender(endpoint: Endpoint, incarnation: int, point: str, num_bytes: int) -> 
     if point == "reserved":
         p2p.reserve((RING.slot_bytes // 2,), np.uint8, RECEIVER, 2, soon())[:] = 7
         die(point)
+    if point == "leaves-its-lock":
+        leave_lock()
     arm(point)
     p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
     p2p.send(LAST_MESSAGE, RECEIVER, 3, soon())

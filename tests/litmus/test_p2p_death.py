@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bus.errors import PeerDied, PeerStalled
 from bus.memory import _native
 from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
 from bus.xccl.endpoint import P2P_ACK_LANE, P2P_DATA_LANE, Endpoint
-from bus.xccl.p2p import P2p
+from bus.xccl.p2p import P2p, SlowP2p
 from tests.harness.reading import NO_READING, can_read_processes
 from tests.litmus.p2p_child import (
     LAST_MESSAGE,
@@ -214,6 +215,27 @@ def test_an_array_that_a_dead_sender_offered_for_reading_is_lost(spawn: Spawn, r
     assert_finished(survivor)
     assert p2p.stats()[SENDER, "recv"]["num_pulled"] == 1
     p2p.close()
+
+
+@NEEDS_READING
+@pytest.mark.parametrize("form", [P2p, SlowP2p])
+def test_a_sender_whose_memory_goes_before_its_lock_has_died(
+    spawn: Spawn, receiver: Endpoint, form: type[P2p] | type[SlowP2p]
+) -> None:
+    """As for a moment at every death; here the lock stays until a child of the sender ends too."""
+    p2p, slow = P2p(receiver), SlowP2p(receiver)
+    child = Peers(spawn, receiver, "sender").start("leaves-its-lock", READ_WHOLE)
+    p2p.recv(None, SENDER, 1, soon())
+    await_message(p2p)
+    kill(child)
+    segment = Segment.attach(segment_name(receiver.pod, "attention", 0, 1))
+    assert segment.owner_alive()
+    segment.close()
+    timer = threading.Timer(0.1, child.say, ["end"])
+    timer.start()
+    with pytest.raises(PeerDied, match="owner lock is free"):
+        (p2p if form is P2p else slow).recv(None, SENDER, 2, soon())
+    timer.join()
 
 
 def test_a_whole_message_of_a_dead_sender_is_received_first(spawn: Spawn, receiver: Endpoint) -> None:
