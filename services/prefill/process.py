@@ -177,6 +177,7 @@ async def serve(
         incarnation=member.incarnation,
         offers=offers,
         has_common_steps=isinstance(experts, SharedExperts),
+        beat=segment.beat,
     )
     garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(

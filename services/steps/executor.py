@@ -32,6 +32,7 @@ from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
 from services.steps.offers import Offers
 from services.steps.rows import StepRows, check_plan, lay_out
+from services.steps.slices import attend
 from services.steps.step_times import StepTimes
 
 Float32Array = npt.NDArray[np.float32]
@@ -83,6 +84,7 @@ class StepExecutor:
         offers: where a prefill worker offers what it has computed; None = plans that ask for it are refused.
         has_common_steps: several executors share the experts, and run steps of the same numbers; one without rows
             takes part in the exchanges.
+        beat: called now and then in a step of many rows.
     """
 
     def __init__(
@@ -96,11 +98,12 @@ class StepExecutor:
         incarnation: int,
         offers: Offers | None = None,
         has_common_steps: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ):
         self.experts = experts
         self.offers = offers
         self._model, self._kv, self._sampler = model, kv, sampler
-        self._rows_max, self._has_common_steps = rows_max, has_common_steps
+        self._rows_max, self._has_common_steps, self._beat = rows_max, has_common_steps, beat
         # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
         self._step_seq = (incarnation & 0xFFF) << 20
         self.counters = ExecutorCounters()
@@ -175,7 +178,7 @@ class StepExecutor:
         )
         hidden = self._model.embed(batch)
         for layer in range(self._model.config.num_hidden_layers):
-            hidden, moe = self._model.attend(layer, hidden, batch, self._kv)
+            hidden, moe = attend(self._model, layer, hidden, batch, self._kv, self._beat)
             if moe is not None:
                 hidden = self._model.add_moe(hidden, self.experts.exchange(layer, moe, self._step_seq), moe)
         return self._model.logits(hidden[rows.logit_rows])

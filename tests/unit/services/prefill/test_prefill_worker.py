@@ -22,6 +22,7 @@ from services.model.reference import ReferenceModel
 from services.model.sampler import Sampler
 from services.prefill.experts import LocalExperts, load_experts
 from services.shell.events import FromWorker
+from services.steps import slices
 from services.steps.executor import StepAbandoned, StepExecutor
 from services.steps.offers import Offers
 from tests.harness.oracle import expected_tokens, oracle
@@ -113,6 +114,19 @@ def test_tokens_and_kv_are_the_oracles(family: str, chunked: bool, caching: bool
         assert ticket.num_tokens == len(prompt)
         assert rows_of(worker.kv, ticket.block_ids, len(prompt)) == oracle_rows(model, prompt)
     assert core.snapshot()["prefix_cache_hits"] > 0 or not caching
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "llama"])
+def test_a_step_of_many_rows_is_done_in_slices(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "SLICE_ROWS", 7)
+    worker = RealWorker(GOLDENS / family)
+    tokens = tuple(range(3, 43))
+    beats: list[int] = []
+    worker.executor._beat = lambda: beats.append(1)
+    answer = worker.executor.run(plan_of(tokens), 1)
+    assert [answer.sampled[0].token_id] == expected_tokens(GOLDENS / family, tokens, 1)
+    assert rows_of(worker.kv, tuple(range(10)), 40) == oracle_rows(oracle(GOLDENS / family), tokens)
+    assert len(beats) == 5 * oracle(GOLDENS / family).config.num_hidden_layers
 
 
 def test_rows_are_rounded_as_they_are_on_their_way_to_expert_workers() -> None:
