@@ -9,7 +9,7 @@
 #define SCORE_LOW (SCORE_MAX / 8)
 #define PROBE_MIN 32
 #define PROBE_MAX 4096
-#define SPIN_ROUNDS 20 /* about as long as it takes to switch to another process and back */
+#define SPIN_ROUNDS 8 /* half of what it takes to switch to another process and back */
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
