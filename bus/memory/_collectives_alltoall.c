@@ -10,7 +10,7 @@
 
 #define LANES 3 /* pieces twice, done once */
 #define LANE_DONE 2
-#define SMALL_BYTES 4096 /* up to here a copy costs less than the second meeting that it saves */
+#define SMALL_BYTES 512 /* up to here a copy costs less than the second meeting that it saves */
 #define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
 

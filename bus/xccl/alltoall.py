@@ -10,9 +10,9 @@ copies what is for it straight from the other segments.
     4. copy every piece to its place in the result, in order of rank; look at the cells again
     5. tell the ranks whose piece came straight from their app area; wait for those that pull from ours
 
-Pieces of more than 4 KiB in arrays made with `area` travel with one copy, all others with two. When a call returns, the
-arrays that were sent may be written again. With `out`, a call of `exchange` or `exchange_fixed` is one call of C. Twin:
-`bus.xccl.reference.all_to_all`.
+Pieces of more than 512 bytes in arrays made with `area` travel with one copy, all others with two. When a call
+returns, the arrays that were sent may be written again. With `out`, a call of `exchange` or `exchange_fixed` is one
+call of C. Twin: `bus.xccl.reference.all_to_all`.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def test_nothing_for_anybody_is_normal(world: AllToAllWorld) -> None:
 
 @pytest.mark.parametrize(
     ("in_area", "width", "staged"),
-    [(False, 4, 5 * 2 * 8), (True, 4, 5 * 2 * 8), (True, 2048, 5 * 4096), (True, 2049, 0)],
-    ids=["outside", "small", "small while there is room", "large"],
+    [(False, 4, 5 * 2 * 8), (True, 4, 5 * 2 * 8), (True, 256, 5 * 2 * 512), (True, 257, 0)],
+    ids=["outside", "small", "just small", "large"],
 )
 def test_the_fixed_form_transposes(in_area: bool, width: int, staged: int) -> None:
     with AllToAllWorld(AllToAllShape(num_ranks=3, stage_bytes=0, area_bytes=1 << 14)) as world:  # 4 KiB
@@ -91,7 +91,7 @@ def test_the_fixed_form_transposes(in_area: bool, width: int, staged: int) -> No
 def test_small_pieces_of_the_area_take_no_room_from_others() -> None:
     def one(rank: int) -> list[np.ndarray]:
         side, left = world.ranks[rank], (rank + 2) % 3
-        near = side.area((4096, 1), np.uint8)
+        near = side.area((512, 1), np.uint8)
         near[:] = 100 + rank
         parts = [np.full((4096 if to == left else 0, 1), rank, np.uint8) for to in range(3)]
         parts[(rank + 1) % 3] = near
@@ -100,7 +100,8 @@ def test_small_pieces_of_the_area_take_no_room_from_others() -> None:
     with AllToAllWorld(AllToAllShape(num_ranks=3, stage_bytes=0, area_bytes=4096)) as world:
         for rank, parts in enumerate(world.each(one)):
             left, right = (rank + 2) % 3, (rank + 1) % 3
-            assert [len(part) for part in parts] == [0 if giver == rank else 4096 for giver in range(3)]
+            sizes = {rank: 0, left: 512, right: 4096}
+            assert [len(part) for part in parts] == [sizes[giver] for giver in range(3)]
             assert (parts[left] == 100 + left).all() and (parts[right] == right).all()
         assert [side.stats()["bytes_staged"] for side in world.ranks] == [4096] * 3
 
