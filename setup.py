@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+ENDS = ("", "_attention", "_attention_send", "_attention_recv", "_expert", "_forward")
 SHARED = ["bus/memory/_native.h", "bus/memory/_fault.h"]
 
 setup(
@@ -31,12 +32,13 @@ setup(
         Extension(
             "bus.memory._relay",
             [
-                *(f"bus/memory/_relay{part}.c" for part in ("", "_attention", "_expert", "_forward")),
+                *(f"bus/memory/_relay{part}.c" for part in ENDS),
                 "bus/memory/_collectives_rows.c",
             ],
             depends=[
                 *SHARED,
-                *(f"bus/memory/{name}.h" for name in ("_relay", "_relay_expert", "_collectives_rows")),
+                *map(str, Path("bus/memory").glob("_relay*.h")),
+                "bus/memory/_collectives_rows.h",
             ],
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off"],
         ),

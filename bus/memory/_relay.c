@@ -1,4 +1,4 @@
-/* A2E/E2A: geometry, peers, stamped cells, waiting, and the module. The two ends are in _relay_attention.c and
+/* A2E/E2A: geometry, peers, stamped cells, waiting, and the module. The two ends are in _relay_attention*.c and
  * _relay_expert.c. Release stores and the acquire loads that pair with them carry the same "SYNC: <label>", as in
  * _native.h. */
 #include "_relay.h"

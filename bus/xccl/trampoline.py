@@ -7,7 +7,7 @@ picks the way per exchange.
 
 Results lie in the answering ranks' segments per pair. `e2a_recv` copies them to their (row, slot) places, `e2a_combine`
 adds them from where they lie, in slot order; either way both routes and the twin (`bus.xccl.reference.exchange`) yield
-the same bits. Hot path: bus/memory/_relay_attention.c. Source: paper section 4.
+the same bits. Hot path: bus/memory/_relay_attention*.c. Source: paper section 4.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ KILLED = {
     "_collectives_exchange.c": [DISPATCH],
     "_collectives_alltoall.c": [ALLTOALL],
     "_relay.c": [ATTENTION, EXPERT, TRAMPOLINE],
-    "_relay_attention.c": [ATTENTION],
+    "_relay_attention_send.c": [ATTENTION],
+    "_relay_attention_recv.c": [ATTENTION],
     "_relay_expert.c": [EXPERT, TRAMPOLINE],
     "_relay_forward.c": [TRAMPOLINE],
 }

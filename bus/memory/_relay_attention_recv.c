@@ -1,0 +1,256 @@
+/* The attention rank's second half of an exchange: wait for the answers, take or add their rows. */
+#include "_relay_attention.h"
+
+enum { COMPLETE = 0, PENDING = 1, DEAD_OWNER = 2, WRONG_COUNT = 3, REPLACED = 4 };
+
+typedef struct {
+    int code;
+    Py_ssize_t expert;
+    uint64_t value;
+} outcome_t;
+
+/* The rows of `expert`'s answer: pairs first..end - 1 lie one after the other from here on. */
+static const char *
+result_block(const AttentionEnd *self, const exchange_t *e, Py_ssize_t expert, Py_ssize_t microbatch)
+{
+    const geometry_t *g = &self->g;
+    if (e->route == ROUTE_TRAMPOLINE) {
+        Py_ssize_t seat = seat_of(g, g->rank) * g->num_microbatches + microbatch;
+        return managed_at(&self->experts[expert], g->seat_results_at + seat * g->result_bytes);
+    }
+    return managed_at(&self->experts[expert], (g->rank * g->num_microbatches + microbatch) * g->result_bytes);
+}
+
+static void
+scatter(const AttentionEnd *self, const exchange_t *e, Py_ssize_t expert, Py_ssize_t microbatch, float *out)
+{
+    const geometry_t *g = &self->g;
+    const char *block = result_block(self, e, expert, microbatch);
+    const float *scales = (const float *)(block + g->y_scale_at);
+    int direct = e->route == ROUTE_DIRECT;
+    Py_ssize_t first = direct ? e->starts[expert] : 0, end = direct ? e->starts[expert + 1] : e->num_pairs;
+    for (Py_ssize_t p = first; p < end; p++) {
+        float *dst = out + (Py_ssize_t)e->order[p] * g->hidden;
+        const char *src = block + (p - first) * row_bytes(g);
+        if (g->int8) {
+            dequantise_row(dst, (const int8_t *)src, scales[p - first], g->hidden);
+        }
+        else {
+            copy_bytes((char *)dst, src, row_bytes(g));
+        }
+    }
+}
+
+/* out[t] = 0 + weights[t, 0] * y of slot 0 + weights[t, 1] * y of slot 1 ..., in this order. */
+static void
+reduce(const AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, const float *weights, float *out)
+{
+    const geometry_t *g = &self->g;
+    Py_ssize_t trampoline = trampoline_of(g, g->rank);
+    for (Py_ssize_t t = 0; t < e->num_rows; t++) {
+        const char *rows[SLOTS_MAX];
+        float scales[SLOTS_MAX], factors[SLOTS_MAX];
+        int num = 0;
+        for (Py_ssize_t i = t * g->num_slots; i < (t + 1) * g->num_slots; i++) {
+            if (e->rank[i] < 0) {
+                continue;
+            }
+            int direct = e->route == ROUTE_DIRECT;
+            Py_ssize_t expert = direct ? e->rank[i] : trampoline;
+            Py_ssize_t row = e->position[i] - (direct ? e->starts[expert] : 0);
+            const char *block = result_block(self, e, expert, microbatch);
+            rows[num] = block + row * row_bytes(g);
+            scales[num] = g->int8 ? ((const float *)(block + g->y_scale_at))[row] : 1.0f;
+            factors[num++] = weights[i];
+        }
+        if (g->int8) {
+            add_slots_int8(out + t * g->hidden, (const int8_t *const *)rows, scales, factors, num, g->hidden);
+        }
+        else {
+            add_slots(out + t * g->hidden, (const float *const *)rows, factors, num, g->hidden);
+        }
+    }
+}
+
+/* Look at the cell of an awaited expert rank: COMPLETE when it has answered. */
+static outcome_t
+look(AttentionEnd *self, const exchange_t *e, Py_ssize_t expert, Py_ssize_t microbatch)
+{
+    const geometry_t *g = &self->g;
+    outcome_t outcome = {PENDING, expert, 0};
+    int direct = e->route == ROUTE_DIRECT;
+    Py_ssize_t index = (direct ? expert : g->num_experts) * g->num_microbatches + microbatch;
+    const uint64_t *cell = cell_at(&self->own, index);
+    uint64_t words[CELL_WORDS];
+    if (__atomic_load_n(&cell[0], __ATOMIC_RELAXED) == self->seen[index] ||
+        !load_cell(cell, words) || words[0] == self->seen[index]) { /* SYNC: cell-whole */
+        return outcome;
+    }
+    self->seen[index] = words[0];
+    if (words[1] != e->event_id || words[3] != e->asked[expert] || !stamped_by(words[0], e->life[expert])) {
+        self->dropped++;
+        return outcome;
+    }
+    Py_ssize_t wanted = direct ? e->starts[expert + 1] - e->starts[expert] : e->num_pairs;
+    outcome.value = words[2];
+    if (!direct && (words[2] & FAILED)) {
+        outcome.code = DEAD_OWNER;
+    }
+    else if (words[2] != (uint64_t)wanted) {
+        outcome.code = WRONG_COUNT;
+    }
+    else {
+        const peer_t *peer = &self->experts[expert];
+        outcome.code = peer->base == NULL || peer->incarnation != e->life[expert] ? REPLACED : COMPLETE;
+    }
+    return outcome;
+}
+
+/* REPLACED when a rank whose answer was taken earlier has another segment by now, else COMPLETE. */
+static outcome_t
+find_replaced(const AttentionEnd *self, const exchange_t *e)
+{
+    const geometry_t *g = &self->g;
+    for (Py_ssize_t r = 0; r < g->num_experts; r++) {
+        int asked = e->route == ROUTE_DIRECT ? e->starts[r + 1] > e->starts[r]
+                                             : e->num_pairs > 0 && r == trampoline_of(g, g->rank);
+        if (asked && (self->experts[r].base == NULL || self->experts[r].incarnation != e->life[r])) {
+            return (outcome_t){REPLACED, r, 0};
+        }
+    }
+    return (outcome_t){COMPLETE, -1, 0};
+}
+
+/* Take the answers that have come. PENDING when there are more to come. */
+static outcome_t
+take_answers(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, const float *weights, float *out)
+{
+    for (Py_ssize_t i = e->num_pending - 1; i >= 0; i--) {
+        Py_ssize_t expert = e->pending[i];
+        outcome_t found = look(self, e, expert, microbatch);
+        if (found.code == PENDING) {
+            continue;
+        }
+        if (found.code != COMPLETE) {
+            return found;
+        }
+        if (weights == NULL) {
+            scatter(self, e, expert, microbatch, out);
+        }
+        e->pending[i] = e->pending[--e->num_pending];
+    }
+    outcome_t outcome = {e->num_pending > 0 ? PENDING : COMPLETE, -1, 0};
+    if (outcome.code == COMPLETE && weights != NULL) {
+        outcome = find_replaced(self, e);
+    }
+    if (outcome.code == COMPLETE && weights != NULL) {
+        reduce(self, e, microbatch, weights, out);
+    }
+    return outcome;
+}
+
+static outcome_t
+receive(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, const float *weights, float *out, int64_t timeout)
+{
+    uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
+    int64_t until = timeout > 0 ? deadline_after(now_ns(), timeout) : 0;
+    for (;;) {
+        uint32_t seen = __atomic_load_n(bell, __ATOMIC_ACQUIRE); /* SYNC: word */
+        outcome_t outcome = {PENDING, -1, 0};
+        /* Every cell is followed by a ring, but for the last one of a rank that dies: without time, look all the same. */
+        if (!e->has_looked || seen != e->bell_seen || timeout == 0) {
+            e->bell_seen = seen;
+            e->has_looked = 1;
+            outcome = take_answers(self, e, microbatch, weights, out);
+        }
+        if (outcome.code != PENDING || timeout == 0 ||
+            !await_ring(&self->waiter, bell, seen, (uint32_t)e->num_pending, until)) {
+            return outcome;
+        }
+    }
+}
+
+static PyObject *
+recv_rows(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, PyObject *weights, PyObject *out, int64_t timeout)
+{
+    const geometry_t *g = &self->g;
+    const Py_ssize_t slots[] = {e->num_rows, g->num_slots, g->hidden}, rows[] = {e->num_rows, g->hidden};
+    Py_buffer out_view, weights_view = {.obj = NULL};
+    int reduces = weights != Py_None;
+    if (reduces ? take_array(out, "out", 'f', 2, rows, PyBUF_WRITABLE, &out_view) < 0
+                : take_array(out, "out", 'f', 3, slots, PyBUF_WRITABLE, &out_view) < 0) {
+        return NULL;
+    }
+    if (reduces && take_array(weights, "weights", 'f', 2, slots, 0, &weights_view) < 0) {
+        PyBuffer_Release(&out_view);
+        return NULL;
+    }
+    outcome_t outcome;
+    self->busy = 1;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = receive(self, e, microbatch, weights_view.obj == NULL ? NULL : weights_view.buf, out_view.buf, timeout);
+    Py_END_ALLOW_THREADS
+    self->busy = 0;
+    if (weights_view.obj != NULL) {
+        PyBuffer_Release(&weights_view);
+    }
+    PyBuffer_Release(&out_view);
+    e->open = outcome.code != COMPLETE;
+    if (outcome.code == COMPLETE) {
+        FAULT("pulled");
+        Py_RETURN_TRUE;
+    }
+    if (outcome.code == PENDING) {
+        Py_RETURN_FALSE;
+    }
+    return Py_BuildValue("inK", outcome.code, outcome.expert, (unsigned long long)outcome.value);
+}
+
+static exchange_t *
+find_exchange(AttentionEnd *self, PyObject *token, PyObject *microbatch, Py_ssize_t *place)
+{
+    uint64_t wanted;
+    if (parse_index(microbatch, "microbatch", self->g.num_microbatches, place) < 0 ||
+        parse_unsigned(token, "token", UINT64_MAX, &wanted) < 0) {
+        return NULL;
+    }
+    exchange_t *e = &self->exchanges[*place];
+    if (!e->open || e->token != wanted) {
+        PyErr_SetString(PyExc_ValueError, "handle: not the open exchange of its microbatch");
+        return NULL;
+    }
+    return e;
+}
+
+PyObject *
+AttentionEnd_recv(AttentionEnd *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    uint64_t timeout;
+    if (enter_attention(self, "recv", nargs, 5) < 0 || parse_unsigned(args[4], "timeout_ns", INT64_MAX, &timeout) < 0) {
+        return NULL;
+    }
+    exchange_t *e = find_exchange(self, args[0], args[1], &microbatch);
+    return e == NULL ? NULL : recv_rows(self, e, microbatch, args[2], args[3], (int64_t)timeout);
+}
+
+/* [(expert, incarnation)] that the exchange still waits for. */
+PyObject *
+AttentionEnd_pending(AttentionEnd *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t microbatch;
+    if (enter_attention(self, "pending", nargs, 2) < 0) {
+        return NULL;
+    }
+    exchange_t *e = find_exchange(self, args[0], args[1], &microbatch);
+    PyObject *list = e == NULL ? NULL : PyList_New(0);
+    for (Py_ssize_t i = 0; list != NULL && i < e->num_pending; i++) {
+        Py_ssize_t expert = e->pending[i];
+        PyObject *entry = Py_BuildValue("nK", expert, (unsigned long long)e->life[expert]);
+        if (entry == NULL || PyList_Append(list, entry) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(entry);
+    }
+    return list;
+}
