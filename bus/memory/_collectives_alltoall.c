@@ -11,6 +11,8 @@
 #define LANES 3 /* pieces twice, done once */
 #define LANE_DONE 2
 #define SMALL_BYTES 512 /* up to here a copy costs less than the second meeting that it saves */
+#define STREAM_TOTAL_MIN (512 * 1024) /* a result of so many bytes would push all else out of the caches */
+#define STREAM_BYTES_MIN 4096         /* ... but for pieces that are shorter it takes longer */
 #define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
 
@@ -283,7 +285,8 @@ pull_pieces(AllToAll *self, char *out)
         at = r == 0 ? 0 : at;
         const char *src = peer->base + peer->managed + (self->found[2 * r] & ~ANSWER_ME);
         if (size > 0) { /* without rows there may be no `out` */
-            copy_piece(out + at, r == group->rank ? self->pieces[r].bytes : src, size);
+            const char *from = r == group->rank ? self->pieces[r].bytes : src;
+            copy_piece(out + at, from, size, self->total >= STREAM_TOTAL_MIN && size >= STREAM_BYTES_MIN);
         }
         at += size;
     }

@@ -138,10 +138,6 @@ add_slots_int8(float *restrict out, const int8_t *const *rows, const float *scal
 #if defined(__x86_64__)
 #include <emmintrin.h>
 
-#ifndef STREAM_BYTES_MIN
-#define STREAM_BYTES_MIN (512 * 1024)
-#endif
-
 static void
 stream_bytes(char *restrict dst, const char *restrict src, Py_ssize_t size)
 {
@@ -162,9 +158,9 @@ stream_bytes(char *restrict dst, const char *restrict src, Py_ssize_t size)
 }
 
 void
-copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size)
+copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size, int past_caches)
 {
-    if (size >= STREAM_BYTES_MIN) {
+    if (past_caches) {
         stream_bytes(dst, src, size);
     }
     else {
@@ -173,7 +169,7 @@ copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size)
 }
 #else
 void
-copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size)
+copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size, int past_caches)
 {
     copy_bytes(dst, src, size);
 }

@@ -19,7 +19,7 @@ void add_slots_int8(float *restrict out, const int8_t *const *rows, const float 
 /* Copy a row of several that are written one next to the other. They must not overlap. */
 void copy_row(char *restrict dst, const char *restrict src, Py_ssize_t size);
 
-/* Copy what does not overlap; a large piece goes past the caches, which it would only empty. */
-void copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size);
+/* Copy what does not overlap, past the caches if a large result would only empty them. */
+void copy_piece(char *restrict dst, const char *restrict src, Py_ssize_t size, int past_caches);
 
 #endif

@@ -88,6 +88,30 @@ def test_the_fixed_form_transposes(in_area: bool, width: int, staged: int) -> No
         assert [side.stats()["bytes_staged"] for side in world.ranks] == [staged] * 3
 
 
+@pytest.mark.parametrize("in_area", [False, True])
+def test_large_results_go_past_the_caches_whole(in_area: bool) -> None:
+    """Pieces of odd sizes at odd places, some of them short: each byte arrives, and nothing else is written."""
+    counts = [[200_001, 77, 300_007], [4_095, 200_003, 13], [350_001, 400_009, 4_097]]
+
+    def one(rank: int) -> np.ndarray:
+        side, total = world.ranks[rank], sum(counts[rank])
+        array = side.area((total,), np.uint8, offset=rank) if in_area else np.empty(total, np.uint8)
+        array[:] = np.random.default_rng(rank).integers(0, 256, total)
+        out = np.full(1_000_000, 7, np.uint8)[rank + 1 :]
+        deadline = later()
+        rows, _ = side.exchange(array, np.array(counts[rank]), event=Event(1, 0), deadline=deadline, out=out)
+        assert (out[len(rows) :] == 7).all()
+        return rows
+
+    with AllToAllWorld(AllToAllShape(num_ranks=3, stage_bytes=1 << 20, area_bytes=1 << 20)) as world:
+        results = world.each(one)
+        arrays = [np.random.default_rng(rank).integers(0, 256, sum(counts[rank])) for rank in range(3)]
+        expected = all_to_all([a.astype(np.uint8) for a in arrays], [np.array(c) for c in counts])
+        for rows, (twin, _) in zip(results, expected, strict=True):
+            assert rows.tobytes() == twin.tobytes()
+        del results, rows
+
+
 def test_small_pieces_of_the_area_take_no_room_from_others() -> None:
     def one(rank: int) -> list[np.ndarray]:
         side, left = world.ranks[rank], (rank + 2) % 3
