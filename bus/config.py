@@ -45,6 +45,7 @@ class SchedulerConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     max_num_batched_tokens: int = 256  # tokens of one step; longer prompts are chunked
     max_waiting_requests: int = 256  # beyond it: 429
     max_model_len: int = 0  # 0 = the model's own window
+    async_scheduling: bool = True  # plan the next step from counts while one is under way
     enable_prefix_caching: bool = True  # reuse the KV of prompt prefixes that were computed before
 
 

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         metavar="WAY",
-        help="a pod for each, in turns, ratios to the first: colocated, disaggregated, gc-auto, "
-        "gc-managed, cache-on, cache-off, or SETTING=VALUE[,SETTING=VALUE]",
+        help="a pod for each, in turns, ratios to the first. WAY: colocated, disaggregated, gc-auto, gc-managed, sync, "
+        "async, cache-on, cache-off, SETTING=VALUE, or several of them with commas",
     )
     parser.add_argument("--scenario", metavar="NAME", help="long-prompt or jitter, instead of a load")
     parser.add_argument("--trace", nargs=2, metavar=("KIND", "FILE"), help="replay; KIND: mooncake or azure")

@@ -259,6 +259,11 @@ class ExecutorReady(Message, frozen=True, kw_only=True):
     vocab_size: int
 
 
+DRAWN_BEFORE = (
+    -1
+)  # in a plan, instead of a token id: what the step before, `step_id` - 1, drew for that request
+
+
 class PlannedSequence(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
@@ -266,7 +271,8 @@ class PlannedSequence(
 
     `token_ids` are computed at positions start .. start+n-1 into `block_table`; if `sample`, one token is
     drawn from the last position's logits. Self-contained, so that a step can be repeated by a restarted
-    worker.
+    worker; but for `DRAWN_BEFORE`, which may be the last of `token_ids` and `output_token_ids`: then it can only
+    follow the step before at the same worker, and fails if that one has failed.
     """
 
     request_id: str

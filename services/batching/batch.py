@@ -19,7 +19,7 @@ block that the next in line lacks, that one waits for it instead of computing th
 wants the log-probabilities of its prompt needs every row of it, so it takes over nothing.
 
 Blocks of a request that ends while a step is under way retire: the executor may still write them, so they are
-free only when the step is over.
+free only when the step is over, and the one that was sent ahead of it if there is one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from bus.block_hash import BlockHash, root_hash
-from bus.control.messages import PlannedSequence
+from bus.control.messages import DRAWN_BEFORE, PlannedSequence
 from services.batching.request import Request, RequestStatus
 from services.cache.blocks import BlockPool
 
@@ -39,13 +39,15 @@ from services.cache.blocks import BlockPool
 class ScheduledRequest:
     """`num_tokens` tokens of `request` from its `num_computed_tokens` on; if `sample`, one more is drawn.
 
-    `offer_kv`: afterwards its KV is offered to whoever goes on with it.
+    `offer_kv`: afterwards its KV is offered to whoever goes on with it. `is_ahead`: planned while the step before is
+    under way, which draws the token that this one computes.
     """
 
     request: Request
     num_tokens: int
     sample: bool
     offer_kv: bool = False
+    is_ahead: bool = False
 
     @property
     def num_prompt_logprobs(self) -> int:
@@ -58,25 +60,26 @@ class ScheduledRequest:
 
     def planned(self) -> PlannedSequence:
         """Return the executor's view of it; self-contained."""
-        request = self.request
-        start = request.num_computed_tokens
-        num_prompt_logprobs = self.num_prompt_logprobs
+        request, ahead = self.request, int(self.is_ahead)
+        drawn = (DRAWN_BEFORE,) * ahead
+        start = request.num_tokens if ahead else request.num_computed_tokens
+        num_prompt_logprobs = 0 if ahead else self.num_prompt_logprobs
         num_prompt_tokens = request.num_prompt_tokens
         prompt: tuple[int, ...] = ()
         output: tuple[int, ...] = ()
         if self.sample and request.sampling.uses_outputs:
-            output = tuple(request.token_ids[num_prompt_tokens:])
+            output = (*request.token_ids[num_prompt_tokens:], *drawn)
             if request.sampling.uses_prompt:
                 prompt = tuple(request.token_ids[:num_prompt_tokens])
         return PlannedSequence(
             request_id=request.request_id,
-            token_ids=tuple(request.token_ids[start : start + self.num_tokens]),
+            token_ids=drawn or tuple(request.token_ids[start : start + self.num_tokens]),
             start=start,
             block_table=tuple(request.block_ids),
             sample=self.sample,
             sampling=request.sampling if self.sample or num_prompt_logprobs else None,
             num_prompt_tokens=num_prompt_tokens,
-            allow_stop=request.allow_stop,
+            allow_stop=request.num_output_tokens + ahead >= request.sampling.min_tokens,
             next_prompt_token_ids=tuple(request.token_ids[start + 1 : start + 1 + num_prompt_logprobs]),
             prompt_token_ids=prompt,
             output_token_ids=output,
@@ -96,6 +99,7 @@ class Batcher:
         self.running: list[Request] = []
         self.pool: BlockPool | None = None
         self.retiring_block_ids: list[int] = []
+        self._retiring_later_ids: list[int] = []  # of two steps under way, the first is over
         self.num_arriving = 0  # seats kept for requests whose KV is on its way
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens of requests that were looked up when first admitted
@@ -106,7 +110,7 @@ class Batcher:
 
     def attach(self, pool: BlockPool) -> None:
         """Begin with an executor's empty blocks."""
-        assert self.pool is None and not self.running and not self.retiring_block_ids
+        assert self.pool is None and not self.running and not self.num_retiring
         self.pool = pool
         self._root = root_hash(self._kv_identity, pool.block_tokens)
         for request in self.waiting:
@@ -115,6 +119,7 @@ class Batcher:
 
     def detach(self) -> None:
         """The blocks are gone, and the index with them: all who run are preempted, the oldest first in line."""
+        self.release_retired()
         self.release_retired()
         while self.running:
             self._preempt(self.running.pop())
@@ -187,10 +192,19 @@ class Batcher:
             request.block_ids[index] = pool.publish(request.block_ids[index], hashes[index], parent)
             request.num_published_blocks = index + 1
 
-    def release_retired(self) -> None:
-        """The step is over: nobody writes retired blocks any more."""
-        self.free(self.retiring_block_ids)
-        self.retiring_block_ids = []
+    def release_retired(self, *, step_follows: bool = False) -> None:
+        """A step is over: nobody writes retired blocks any more, unless another step was under way already."""
+        later = self.retiring_block_ids
+        self.free(self._retiring_later_ids)
+        self.retiring_block_ids, self._retiring_later_ids = [], later
+        if not step_follows:
+            self.free(later)
+            self._retiring_later_ids = []
+
+    @property
+    def num_retiring(self) -> int:
+        """Blocks that nobody holds any more, but that a step under way may still write."""
+        return len(self.retiring_block_ids) + len(self._retiring_later_ids)
 
     def schedule(self) -> list[ScheduledRequest]:
         """Choose the next step's work and allocate its blocks; empty when there is none or no executor."""
@@ -201,6 +215,28 @@ class Batcher:
         if self.num_preemptions == num_preemptions:
             self._admit_waiting(self.pool, step)
         return step
+
+    def schedule_ahead(self, step: list[ScheduledRequest]) -> list[ScheduledRequest]:
+        """Choose the work of the step after `step`, which is under way, and allocate its blocks.
+
+        From counts alone: whoever draws a token in `step` computes it in the next, unless that one is its last. A
+        token may turn out to have stopped its request; then what is computed after it is in vain. Empty whenever there
+        is more to decide: somebody has not caught up, could be admitted, or would have to be preempted.
+        """
+        pool = self.pool
+        has_seats = len(self.running) + self.num_arriving < self.max_num_seqs
+        if pool is None or (self.waiting and has_seats):
+            return []
+        drawing = {id(one.request) for one in step if one.sample}
+        if not all(id(request) in drawing for request in self.running):
+            return []
+        going_on = [r for r in self.running if r.num_output_tokens + 1 < r.sampling.max_tokens]
+        num_missing = [max(0, pool.blocks_for(r.num_tokens + 1) - len(r.block_ids)) for r in going_on]
+        if len(going_on) > self.max_num_batched_tokens or not pool.can_allocate(sum(num_missing)):
+            return []
+        for request, count in zip(going_on, num_missing, strict=True):
+            request.block_ids += pool.allocate(count)
+        return [ScheduledRequest(request, 1, sample=True, is_ahead=True) for request in going_on]
 
     def _schedule_running(self, pool: BlockPool) -> list[ScheduledRequest]:
         step: list[ScheduledRequest] = []
@@ -297,7 +333,7 @@ class Batcher:
 
     def check_invariants(self, held_elsewhere: Iterable[list[int]] = ()) -> None:
         """Assert that states, collections and blocks agree; `held_elsewhere` names blocks of requests not in here."""
-        held = [*self.retiring_block_ids, *chain.from_iterable(held_elsewhere)]
+        held = [*self.retiring_block_ids, *self._retiring_later_ids, *chain.from_iterable(held_elsewhere)]
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request
             assert not request.block_ids and request.num_computed_tokens == 0, request

@@ -1,7 +1,7 @@
 """The executor (the DP group's attention worker) as its scheduler sees it, and the step it is busy with.
 
     absent      nobody has connected yet, or the last one is lost
-    connected   it has an empty KV cache and computes one step at a time
+    connected   it has an empty KV cache and computes one step at a time; it may have the next one already
     stalled     its step is overdue, or its connection broke: lost, but the same incarnation comes back by
                 saying anything at all; a late result shows that it is idle again
 
@@ -32,6 +32,7 @@ class Executor:
         self.connected: ExecutorReady | None = None
         self.stalled: ExecutorReady | None = None
         self.step: OutstandingStep | None = None
+        self.step_ahead: OutstandingStep | None = None  # the one after it, if that has been sent already
         self.absent_since_ns = now_ns
         self._last_dead_incarnation = 0
 
@@ -54,10 +55,10 @@ class Executor:
             self.stalled = None
 
     def disconnect(self, *, may_return: bool, now_ns: int) -> OutstandingStep | None:
-        """End the session and return the step that was under way."""
+        """End the session and return the step that was under way, the first if there were two."""
         if may_return:
             self.stalled = self.connected
-        step, self.connected, self.step = self.step, None, None
+        step, self.connected, self.step, self.step_ahead = self.step, None, None, None
         self.absent_since_ns = now_ns
         return step
 
@@ -66,17 +67,18 @@ class Executor:
         return self.stalled is not None and result.incarnation == self.stalled.incarnation
 
     def take_step(self, result: StepCompleted | StepFailed) -> OutstandingStep | None:
-        """Return the outstanding step if `result` answers it (then none is outstanding), otherwise None."""
+        """Return the outstanding step if `result` answers it (then it is over), otherwise None."""
         step = self.step
         if step is None or self.connected is None:
             return None
         if (result.step_id, result.incarnation) != (step.step_id, self.connected.incarnation):
             return None
-        self.step = None
+        self.step, self.step_ahead = self.step_ahead, None
         return step
 
     def check_invariants(self) -> None:
         """Assert that connected and stalled exclude each other and that only a connected one has a step."""
         assert self.connected is None or self.stalled is None
         assert self.step is None or self.connected is not None, "a step without an executor"
+        assert self.step_ahead is None or self.step is not None, "a step ahead of nothing"
         assert self.connected is None or self.connected.incarnation > self._last_dead_incarnation

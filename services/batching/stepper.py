@@ -1,7 +1,9 @@
 """One executor and its batch in step: what whoever plans steps has to keep in mind about them.
 
-A step is outstanding at a time. Numbers of steps are never those that an earlier incarnation of the planner gave:
-an executor may still be busy with that one's plan when it connects, and answer it.
+A step is outstanding at a time, or two: with `looks_ahead`, the plan of the next one follows at once when it can be
+made from counts (paper section 7, "async execution"), so that the executor does not wait for it. Numbers of steps grow
+by one, and are never those that an earlier incarnation of the planner gave: an executor may still be busy with that
+one's plan when it connects, and answer it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,22 @@ class Stepper:
         batch: of this executor alone.
         incarnation: of the planner.
         step_timeout_ns: a step that takes longer is overdue.
+        looks_ahead: whether `start_ahead` ever starts a step.
     """
 
-    def __init__(self, batch: Batcher, *, incarnation: int, step_timeout_ns: int, now_ns: int) -> None:
+    def __init__(
+        self,
+        batch: Batcher,
+        *,
+        incarnation: int,
+        step_timeout_ns: int,
+        now_ns: int,
+        looks_ahead: bool = False,
+    ) -> None:
         self.executor = Executor(now_ns=now_ns)
         self.num_scheduled_tokens = 0
+        self.num_steps_ahead = 0
+        self._looks_ahead = looks_ahead
         self._batch = batch
         self._incarnation = incarnation
         self._step_timeout_ns = step_timeout_ns
@@ -56,13 +69,33 @@ class Stepper:
 
     def begin_step(self, scheduled: list[ScheduledRequest], now_ns: int) -> StepPlan:
         """Return the plan of a step that computes what the batch has scheduled, nothing perhaps."""
+        plan = self._plan(scheduled)
+        self.executor.step = OutstandingStep(plan.step_id, now_ns + self._step_timeout_ns, scheduled)
+        return plan
+
+    def start_ahead(self, now_ns: int) -> StepPlan | None:
+        """Return the plan of the step after the one under way; None when there is one already, or more to decide."""
+        step = self.executor.step
+        if not self._looks_ahead or step is None or self.executor.step_ahead is not None:
+            return None
+        scheduled = self._batch.schedule_ahead(step.scheduled)
+        if not scheduled:
+            return None
+        plan = self._plan(scheduled)
+        # The first may take its whole time before this one begins.
+        self.executor.step_ahead = OutstandingStep(
+            plan.step_id, now_ns + 2 * self._step_timeout_ns, scheduled
+        )
+        self.num_steps_ahead += 1
+        return plan
+
+    def _plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
         plan = StepPlan(
             step_id=self._next_step_id,
             scheduler_incarnation=self._incarnation,
             sequences=tuple(one.planned() for one in scheduled),
         )
         self._next_step_id += 1
-        self.executor.step = OutstandingStep(plan.step_id, now_ns + self._step_timeout_ns, scheduled)
         self.num_scheduled_tokens += sum(one.num_tokens for one in scheduled)
         return plan
 
@@ -71,7 +104,7 @@ class Stepper:
         step = self.executor.take_step(result)
         if step is None:
             return None
-        self._batch.release_retired()
+        self._batch.release_retired(step_follows=self.executor.step is not None)
         return step.scheduled
 
     def is_overdue(self, now_ns: int) -> bool:

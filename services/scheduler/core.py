@@ -2,10 +2,10 @@
 instructions out.
 
 Theory. `services/batching/batch.py` says what a step computes; this file says when, for whom, and what
-becomes of the result. One step is outstanding at a time. Whenever none is and somebody can be served, the
-next plan goes out in the same call that made it possible, so there is no state in which work waits for a
-nudge. A step's tokens go straight to the gateway that holds the client. No clock, socket or randomness in
-here: `now_ns` comes in with each call.
+becomes of the result. One step is outstanding at a time, or two when the second could be planned from counts.
+Whenever none is and somebody can be served, the next plan goes out in the same call that made it possible, so
+there is no state in which work waits for a nudge. A step's tokens go straight to the gateway that holds the
+client. No clock, socket or randomness in here: `now_ns` comes in with each call.
 
 States of a request and of the executor: see `services/batching`. Losing the executor costs
 time only: every running request is preempted and computed again from prompt and output by the next
@@ -89,6 +89,7 @@ class SchedulerCore:
             incarnation=settings.incarnation,
             step_timeout_ns=settings.step_timeout_ns,
             now_ns=now_ns,
+            looks_ahead=settings.async_scheduling,
         )
         self.executor = self._stepper.executor
         self._limits = settings.limits
@@ -128,6 +129,7 @@ class SchedulerCore:
             "prefix_cache_hits": self.batch.prefix_cache_hits,
             "num_preemptions": self.batch.num_preemptions,
             "num_scheduled_tokens": self._stepper.num_scheduled_tokens,
+            "num_steps_ahead": self._stepper.num_steps_ahead,
             **self.counters.as_dict(),
         }
 
@@ -388,9 +390,10 @@ class SchedulerCore:
     # ---------------------------------------------------------------- steps
 
     def _start_step(self, now_ns: int) -> None:
-        plan = self._stepper.start_step(now_ns)
-        if plan is not None and self.executor.connected is not None:
-            self._instructions.append(SendPlan(self.executor.connected.incarnation, plan))
+        for start in (self._stepper.start_step, self._stepper.start_ahead):
+            plan = start(now_ns)
+            if plan is not None and self.executor.connected is not None:
+                self._instructions.append(SendPlan(self.executor.connected.incarnation, plan))
 
     def _take_step(self, result: StepCompleted | StepFailed, now_ns: int) -> list[ScheduledRequest]:
         """Return what `result` answers that still runs; then the step is over and its retired blocks free."""
@@ -459,11 +462,12 @@ class SchedulerCore:
         for request_id, request in self.requests.items():
             assert request.request_id == request_id and request.status not in FINISHED, request
             assert request.finish() is None, f"{request_id} is over and still known"
-        for scheduled in step.scheduled if step is not None else ():
+        ahead = self.executor.step_ahead
+        for scheduled in (*(step.scheduled if step else ()), *(ahead.scheduled if ahead else ())):
             assert scheduled.request.status in FINISHED | {RequestStatus.RUNNING}, scheduled.request
         is_connected = self.executor.connected is not None
         assert (batch.pool is not None) == is_connected, "blocks without an executor, or the reverse"
-        assert step is not None or not batch.retiring_block_ids, "blocks retire from no step"
+        assert step is not None or not batch.num_retiring, "blocks retire from no step"
         at_work = step is not None or self.remote.prefilling or self.remote.transferring
         assert at_work or self.is_idle or not is_connected, "work waits for nothing"
         assert is_connected or not self.remote.transferring, "a transfer to nobody"

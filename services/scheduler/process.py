@@ -82,6 +82,7 @@ def core_settings(config: PodConfig, incarnation: int) -> CoreSettings:
         step_timeout_ns=(config.xccl.peer_wait_timeout_ms + config.xccl.stall_timeout_ms) * NS_PER_MS,
         executor_wait_ns=config.xccl.peer_wait_timeout_ms * NS_PER_MS,
         enable_prefix_caching=config.scheduler.enable_prefix_caching,
+        async_scheduling=config.scheduler.async_scheduling,
         prefill_tokens_min=config.prefill.tokens_min if config.topology.prefill_workers else 0,
         kv_identity=config_sha(config),  # more than needed, and nothing forgotten
     )

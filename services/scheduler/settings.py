@@ -20,6 +20,7 @@ class CoreSettings:
     executor_wait_ns: int  # how long a request waits while there is no executor
     enable_prefix_caching: bool
     kv_identity: str  # says what besides its tokens decides about the bytes of a KV block
+    async_scheduling: bool = False  # plan the next step while one is under way
     prefill_tokens_min: int = 0  # who lacks fewer tokens is not handed to the prefill leader; 0 = nobody is
     max_num_losses: int = 8  # executors in a row that may die under one request without a step of it done
 

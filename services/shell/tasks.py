@@ -144,7 +144,7 @@ class Worker:
         is_connected = self.executor.connected is not None
         assert (self.batch.pool is not None) == is_connected, "blocks without a worker, or the reverse"
         assert is_connected or not (self.tasks or self.offers), "work without a worker"
-        assert not self.batch.retiring_block_ids, "what a step computes is kept until it is over"
+        assert not self.batch.num_retiring, "what a step computes is kept until it is over"
         known = {id(task.request) for task in self.tasks.values()}
         assert known == {id(one) for one in (*self.batch.waiting, *self.batch.running)}
         assert {id(task.request) for task in self.offers.values()} == {id(one) for one in self.batch.offered}

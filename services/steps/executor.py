@@ -30,6 +30,7 @@ from services.model.batch import Batch
 from services.model.grammar import GrammarError
 from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
+from services.steps.drawn import with_drawn
 from services.steps.offers import Offers
 from services.steps.rows import StepRows, check_plan, lay_out
 from services.steps.slices import attend
@@ -108,6 +109,8 @@ class StepExecutor:
         self._step_seq = (incarnation & 0xFFF) << 20
         self.counters = ExecutorCounters()
         self._step_times = StepTimes()
+        self._drawn_step_id = -1
+        self._drawn: dict[str, int] = {}  # by request id, what that step drew; nothing for those that failed
 
     def counters_now(self) -> dict[str, int]:
         """Work counted where it happened, and what this worker holds of the model."""
@@ -125,11 +128,15 @@ class StepExecutor:
 
         Raises:
             ValueError: the plan is out of bounds; nothing was computed.
+            NothingDrawn: it lacks the step before; nothing was computed.
             StepAbandoned, ExpertsAway: see there; KV of the planned positions may be partly written.
         """
         started = time.monotonic_ns()
         if self._has_common_steps and not plan.sequences:
             return self._take_part(plan.step_id, incarnation)
+        plan, abandoned = with_drawn(plan, self._drawn if self._drawn_step_id == plan.step_id - 1 else None)
+        if abandoned and not plan.sequences:
+            return StepCompleted(step_id=plan.step_id, incarnation=incarnation, sampled=abandoned)
         check_plan(
             plan,
             rows_max=self._rows_max,
@@ -146,6 +153,8 @@ class StepExecutor:
         num_retries = self.experts.num_retries
         logits = self._forward(rows)
         sampled = self._sample_all(plan, rows, logits)
+        self._drawn = {one.request_id: one.token_id for one in sampled if one.token_id >= 0}
+        self._drawn_step_id = plan.step_id
         self.counters.steps += 1
         self.counters.computed_tokens += rows.num_rows
         duration_us = (time.monotonic_ns() - started) // 1000
@@ -154,7 +163,7 @@ class StepExecutor:
         return StepCompleted(
             step_id=plan.step_id,
             incarnation=incarnation,
-            sampled=sampled,
+            sampled=sampled + abandoned,
             duration_us=duration_us,
             attempts=1 + self.experts.num_retries - num_retries,
         )

@@ -27,6 +27,7 @@ from bus.control.messages import (
 from bus.control.sockets import SyncDealer
 from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
+from services.steps.drawn import NothingDrawn
 from services.steps.executor import ExpertsAway, StepAbandoned, StepExecutor
 from services.steps.transfers import IDLE_POLL_MS, Transfers
 
@@ -145,6 +146,10 @@ class HotLoop:
         except ExpertsAway as error:
             return StepFailed(
                 step_id=plan.step_id, incarnation=incarnation, code="experts_away", message=str(error)
+            )
+        except NothingDrawn as error:
+            return StepFailed(
+                step_id=plan.step_id, incarnation=incarnation, code="nothing_drawn", message=str(error)
             )
         except ValueError as error:
             self._log.error("bad_plan", error=str(error))

@@ -119,6 +119,7 @@ class World:
             "max_num_batched_tokens": chance.randint(1, 24),
             "max_waiting_requests": chance.randint(2, NUM_REQUESTS),
             "enable_prefix_caching": chance.random() < 0.8,
+            "async_scheduling": chance.random() < 0.7,
             "prefill_tokens_min": chance.randint(1, 6) if chance.random() < 0.6 else 0,
             **settings,
         }

@@ -18,9 +18,11 @@ from bus.control.messages import (
     SampledToken,
     SamplingParams,
     StepCompleted,
+    StepFailed,
     StepPlan,
     TokenLogprob,
 )
+from services.steps.drawn import NothingDrawn, with_drawn
 
 
 def _digest(tokens: Sequence[int], salt: int) -> int:
@@ -80,9 +82,18 @@ class ToyExecutor:
     def __init__(self, ready: ExecutorReady) -> None:
         self.ready = ready
         self._slots: dict[int, Entry] = {}
+        self._drawn_step_id = -1
+        self._drawn: dict[str, int] = {}
 
-    def run(self, plan: StepPlan) -> StepCompleted:
-        """Write the KV of every planned token, then draw."""
+    def run(self, plan: StepPlan) -> StepCompleted | StepFailed:
+        """Write the KV of every planned token, then draw. A plan may go on with what the step before drew."""
+        incarnation = self.ready.incarnation
+        try:
+            plan, _ = with_drawn(plan, self._drawn if self._drawn_step_id == plan.step_id - 1 else None)
+        except NothingDrawn as error:
+            return StepFailed(
+                step_id=plan.step_id, incarnation=incarnation, code="nothing_drawn", message=str(error)
+            )
         for sequence in plan.sequences:
             for offset, token_id in enumerate(sequence.token_ids):
                 position = sequence.start + offset
@@ -90,7 +101,9 @@ class ToyExecutor:
                 context = _digest((before,), token_id)
                 self._slots[self._slot(sequence, position)] = (position, token_id, context)
         sampled = tuple(self._sample(sequence) for sequence in plan.sequences)
-        return StepCompleted(step_id=plan.step_id, incarnation=self.ready.incarnation, sampled=sampled)
+        self._drawn = {one.request_id: one.token_id for one in sampled}
+        self._drawn_step_id = plan.step_id
+        return StepCompleted(step_id=plan.step_id, incarnation=incarnation, sampled=sampled)
 
     def receive(self, block_id: int, entries: Sequence[Entry]) -> None:
         """Write a block that was fetched."""
@@ -141,5 +154,6 @@ class ToyExecutor:
         """The tokens that penalties and grammars look at are those that were computed, and are sent only then."""
         assert sequence.sampling is not None
         prompt, output = tokens[: sequence.num_prompt_tokens], tokens[sequence.num_prompt_tokens :]
-        assert list(sequence.output_token_ids) == (output if sequence.sampling.uses_outputs else [])
+        sent = list(sequence.output_token_ids)
+        assert sent == (output if sequence.sampling.uses_outputs else []), "not the tokens that were computed"
         assert list(sequence.prompt_token_ids) == (prompt if sequence.sampling.uses_prompt else [])

@@ -16,6 +16,8 @@ SHORT_NAMES: Mapping[str, Mapping[str, str]] = {
     "disaggregated": {"topology.prefill_workers": "1"},
     "gc-auto": {"runtime.gc": "auto"},
     "gc-managed": {"runtime.gc": "managed"},
+    "sync": {"scheduler.async_scheduling": "false"},
+    "async": {"scheduler.async_scheduling": "true"},
     "cache-on": {"scheduler.enable_prefix_caching": "true"},
     "cache-off": {"scheduler.enable_prefix_caching": "false"},
 }
@@ -32,18 +34,17 @@ class Variant:
 
     @staticmethod
     def parse(text: str) -> Variant:
-        """Return the variant of `colocated` and the like, or of SETTING=VALUE[,SETTING=VALUE]."""
-        if text in SHORT_NAMES:
-            return Variant(text, SHORT_NAMES[text])
-        overrides = {}
+        """Return the variant of names and settings: `disaggregated`, `sync,kv.block_tokens=8`."""
+        overrides: dict[str, str] = {}
         for part in text.split(","):
             name, equals, value = part.partition("=")
-            if not equals or name.strip() not in settings.settings():
+            if part in SHORT_NAMES:
+                overrides |= SHORT_NAMES[part]
+            elif equals and name.strip() in settings.settings():
+                overrides[name.strip()] = value.strip()
+            else:
                 names = ", ".join(SHORT_NAMES)
-                raise ConfigError(
-                    f"--compare {text}: must be one of {names}, or SETTING=VALUE[,SETTING=VALUE]"
-                )
-            overrides[name.strip()] = value.strip()
+                raise ConfigError(f"--compare {text}: {part!r} must be one of {names}, or SETTING=VALUE")
         return Variant(text, overrides)
 
 

@@ -1,6 +1,7 @@
 """What `xds bench serve` runs: the loads of its flags, or a scenario.
 
-jitter: a closed loop of short requests; the figure is p99 / p50 of the decode step.
+jitter: a closed loop of short requests, without and with what is done against jitter: garbage collected between steps,
+the next step planned while one is under way. The figures are ITL and p99 / p50 of the decode step.
 
 long-prompt: clients ask for short completions all the time; after a while one long prompt comes. The gaps between
 tokens of the short ones (ITL) until its first token are compared with those before it came.
@@ -28,7 +29,7 @@ from services.bench.serve import workload
 from services.bench.serve.client import Outcome
 from services.bench.serve.driver import play_until
 from services.bench.serve.figures import Percentiles, gaps_ms
-from services.bench.serve.plan import SHORT_NAMES, ServePlan, Variant
+from services.bench.serve.plan import ServePlan, Variant
 from services.bench.serve.pods import Target
 from services.bench.serve.report import (
     LoadReport,
@@ -49,6 +50,7 @@ SHORT_CLIENTS = 2
 SHORT_PROMPT_TOKENS, SHORT_OUTPUT_TOKENS = 16, 64
 SETTLE_S, ALONE_S = 1.0, 8.0
 JITTER_CLIENTS = (8,)
+JITTER_WAYS = ("gc-auto,sync", "gc-managed,async")
 
 
 class Report(Protocol):
@@ -77,7 +79,7 @@ def run(plan: ServePlan, config: PodConfig, progress: Progress) -> Report:
     if plan.scenario == "long-prompt":
         return _long_prompt(plan, config, progress)
     if plan.scenario == "jitter":
-        plan = replace(_compared(plan, "gc-auto", "gc-managed"), clients=plan.clients or JITTER_CLIENTS)
+        plan = replace(_compared(plan, *JITTER_WAYS), clients=plan.clients or JITTER_CLIENTS)
     return LoadReport(plan, facts(), play_loads(plan, config, progress))
 
 
@@ -176,7 +178,7 @@ def _compared(plan: ServePlan, *names: str) -> ServePlan:
     """Return the plan with these ways where it names none and starts its pods itself."""
     if plan.url or any(variant.overrides for variant in plan.variants):
         return plan
-    return replace(plan, variants=tuple(Variant(name, SHORT_NAMES[name]) for name in names))
+    return replace(plan, variants=tuple(map(Variant.parse, names)))
 
 
 def _with_room(config: PodConfig, long_tokens: int, scratch: Path) -> PodConfig:

@@ -124,7 +124,7 @@ def test_the_long_prompt_report_compares_beside_with_alone(tmp_path: Path) -> No
         (("--scenario", "nice"), "--scenario nice: must be one of long-prompt, jitter"),
         (("--trace", "splitwise", "x"), "--trace splitwise: must be one of mooncake, azure"),
         (("--compare", "colocated", "colocated"), "each way once"),
-        (("--compare", "kv.block=3"), "--compare kv.block=3: must be one of colocated"),
+        (("--compare", "kv.block=3"), "--compare kv.block=3: 'kv.block=3' must be one of colocated"),
         (("--url", "http://localhost:1", "--compare", "cache-on", "cache-off"), "--url: one running pod"),
         (("--compare", "kv.block_tokens=3"), "kv.block_tokens = 3: must be a power of two"),
         (("--json", "/nowhere/at/all.json"), "/nowhere/at is not a folder"),
@@ -151,7 +151,7 @@ def test_flags_become_the_plan() -> None:
         "4",
         "--compare",
         "disaggregated",
-        "kv.block_tokens=8,kv.cache_tokens=64",
+        "sync,kv.block_tokens=8",
         "--slo-ttft-ms",
         "9",
     ]
@@ -159,4 +159,4 @@ def test_flags_become_the_plan() -> None:
     assert plan.rates == (2.0, 4.0)
     assert plan.slo == Slo(ttft_ms=9.0, tpot_ms=50.0)
     assert plan.variants[0].overrides == {"topology.prefill_workers": "1"}
-    assert plan.variants[1].overrides == {"kv.block_tokens": "8", "kv.cache_tokens": "64"}
+    assert plan.variants[1].overrides == {"scheduler.async_scheduling": "false", "kv.block_tokens": "8"}
