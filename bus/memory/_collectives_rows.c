@@ -53,8 +53,8 @@ typedef char line_t __attribute__((vector_size(64), aligned(1), may_alias));
 VECTORISED void
 copy_row(char *restrict dst, const char *restrict src, Py_ssize_t size)
 {
-    uintptr_t ahead = ((uintptr_t)dst - (uintptr_t)src) & 4095;
-    if (ahead > 0 && ahead < 2048) { /* loads would wait for stores to the same place of another page */
+    Py_ssize_t ahead = (Py_ssize_t)(((uintptr_t)dst - (uintptr_t)src) & 4095);
+    if (ahead > 0 && ahead < 2048 && ahead < size) { /* loads would wait for stores to the same place of another page */
         copy_bytes(dst, src, size);
         return;
     }
