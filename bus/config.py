@@ -85,6 +85,8 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     stall_timeout_ms: int = 10_000  # a living peer that is silent for so long has stalled
     peer_wait_timeout_ms: int = 60_000  # how long a step waits for a dead peer's next incarnation
     num_lanes: int = 1  # threads that share the copy of a large array
+    slice_us: int = 0  # time slice that token-path processes ask the kernel for; 0 = the kernel's own
+    nice: int = 0  # added to their nice value; below 0 needs CAP_SYS_NICE
     shared_bytes_max: int = 4 * 1024**3  # sum of all segments of the pod
     int8: bool = False  # true: rows between attention and experts travel as INT8
     route_costs_ns: str = ""  # what A2E/E2A costs (bus/xccl/cost.py); "" = never through trampolines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from bus.errors import ConfigError
+from bus.priority import SLICE_US_MAX, SLICE_US_MIN
 
 if TYPE_CHECKING:
     from bus.config import PodConfig
@@ -40,6 +41,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "xccl.stall_timeout_ms": _MS,
     "xccl.peer_wait_timeout_ms": _MS,
     "xccl.num_lanes": (1, 64),
+    "xccl.nice": (-20, 19),
     "xccl.shared_bytes_max": (1 << 20, 1 << 50),
     "heartbeat.interval_ms": (10, 60_000),
     "heartbeat.hang_timeout_ms": _MS,
@@ -84,6 +86,10 @@ def validate(config: PodConfig) -> None:
     levels, formats = ", ".join(_LOG_LEVELS), ", ".join(_LOG_FORMATS)
     _require(config.log_level in _LOG_LEVELS, "log_level", config.log_level, f"must be one of {levels}")
     _require(config.log_format in _LOG_FORMATS, "log_format", config.log_format, f"must be one of {formats}")
+    slice_us, low, high = config.xccl.slice_us, SLICE_US_MIN, SLICE_US_MAX
+    _require(
+        slice_us == 0 or low <= slice_us <= high, "xccl.slice_us", slice_us, f"must be 0 or {low}..{high}"
+    )
     costs = config.xccl.route_costs_ns
     rule = 'must be "" or six numbers, separated by commas, none negative'
     _require(_ROUTE_COSTS.fullmatch(costs) is not None, "xccl.route_costs_ns", costs, rule)

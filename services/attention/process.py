@@ -32,6 +32,7 @@ from bus.errors import ConfigError
 from bus.garbage import ManagedGc
 from bus.memory.layout import SegmentLayout
 from bus.memory.segment import Segment
+from bus.priority import prioritise
 from bus.xccl.group import AddressTable
 from bus.xccl.trampoline import RoutedAttention
 from services.attention.experts import RemoteExperts
@@ -100,6 +101,7 @@ async def serve(
     config: PodConfig, member: Member, segment: Segment, model: AttentionModel, num_blocks: int
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
+    prioritise(config.xccl.slice_us, config.xccl.nice)
     table = AddressTable()
     side = RoutedAttention(segment, a2e_shape(config, model.config), member.index, table, config=config.xccl)
     experts = remote_experts(config, member, segment, side, table, model.config)

@@ -27,6 +27,7 @@ from bus.control.member import Member
 from bus.errors import ConfigError
 from bus.garbage import ManagedGc
 from bus.memory.segment import Segment
+from bus.priority import prioritise
 from bus.xccl.group import AddressTable
 from bus.xccl.relay import RoutedExpert
 from services.balance.placement import owned_experts
@@ -79,6 +80,7 @@ async def serve(
     config: PodConfig, model_config: ModelConfig, member: Member, segment: Segment, model: ExpertModel
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
+    prioritise(config.xccl.slice_us, config.xccl.nice)
     shape = a2e_shape(config, model_config)
     table = AddressTable()
     side = RoutedExpert(segment, shape, member.index, table, config=config.xccl)
