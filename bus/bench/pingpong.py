@@ -9,26 +9,29 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+REWRITTEN_BYTES_MIN = 16 * 1024  # below it the tight loop, whose rounds follow one another, is what matters
+
 
 @dataclass(slots=True)
 class Ends:
     """How this side sends and receives messages of one size.
 
     The arguments are apart, so that the loop calls the transport's own function and nothing of ours in between.
-    `rewrite`, if any, makes the payload of the next round anew, out of the time, so that caches do not flatter ways
-    that do not copy it; `meet` then brings both sides together again, awake.
+    `rewrite` makes the payload of the next round anew, out of the time, as whoever sends an array has just computed it;
+    an array that never changes stays in the caches of both sides, and flatters ways that copy it less. `meet` then
+    brings both sides together again, awake; by default it is a ping-pong of a byte.
     """
 
     send: Callable[..., Any]
     send_arguments: tuple[Any, ...]
     recv: Callable[..., Any]
     recv_arguments: tuple[Any, ...]
-    rewrite: Callable[[], Any] | None = None
+    rewrite: Callable[[], Any]
     meet: Callable[[], Any] | None = None
 
 
 class Link(Protocol):
-    """A pair's connection under one way."""
+    """A pair's connection under one way. Payloads below `REWRITTEN_BYTES_MIN` need no rewriting."""
 
     def ends(self, num_bytes: int) -> Ends:
         """Return how messages of `num_bytes` go."""
@@ -47,7 +50,25 @@ def play(link: Link | OwnLoop, side: int, num_bytes: int, rounds: int) -> list[i
     if isinstance(link, OwnLoop):
         return link.play(side, num_bytes, rounds)
     ends = link.ends(num_bytes)
-    return _play_rewriting(ends, side, rounds) if ends.rewrite else _play(ends, side, rounds)
+    if ends.meet is None and num_bytes < REWRITTEN_BYTES_MIN:
+        return _play(ends, side, rounds)
+    return _play_rewriting(ends, ends.meet or meeting(link, side), side, rounds)
+
+
+def meeting(link: Link, side: int) -> Callable[[], None]:
+    """Return a call after which both sides have left it within a microsecond or so."""
+    ends = link.ends(1)
+    send, out, recv, into = ends.send, ends.send_arguments, ends.recv, ends.recv_arguments
+
+    def meet() -> None:
+        if side == 0:
+            send(*out)
+            recv(*into)
+        else:
+            recv(*into)
+            send(*out)
+
+    return meet
 
 
 def _play(ends: Ends, side: int, rounds: int) -> list[int]:
@@ -67,10 +88,9 @@ def _play(ends: Ends, side: int, rounds: int) -> list[int]:
     return [int(value) for value in np.diff(stamps)]
 
 
-def _play_rewriting(ends: Ends, side: int, rounds: int) -> list[int]:
+def _play_rewriting(ends: Ends, meet: Callable[[], Any], side: int, rounds: int) -> list[int]:
     send, out, recv, into = ends.send, ends.send_arguments, ends.recv, ends.recv_arguments
-    rewrite, meet = ends.rewrite, ends.meet
-    assert rewrite is not None and meet is not None
+    rewrite = ends.rewrite
     durations = []
     for _ in range(rounds):
         rewrite()

@@ -79,6 +79,7 @@ def bench_pingpong(
     first_round: int,
     durations: Buffer,
     timeout_ns: int,
+    is_rewritten: bool,
     /,
 ) -> bool:
     """Play one side of a spinning ping-pong in C: the limit that point-to-point is measured against.
@@ -87,7 +88,7 @@ def bench_pingpong(
         buf: shared, [offset, offset + 4096 + two blocks), 128-byte aligned; a block is `private` rounded up to a page.
         side: 0 begins, 1 answers.
         private: the message, copied in and out; its length is the message's.
-        first_round: number of the first round, >= 1, larger than any used before on these flags.
+        first_round: >= 1; a round uses two numbers from it on, larger than any used before on these flags.
         durations: u64 per round, filled with nanoseconds from the side's turn to its end.
         timeout_ns: False is returned when the other side is silent for so long.
     """
@@ -137,6 +138,10 @@ class _LinkEnd:
     @property
     def num_lane_blocks(self) -> int:
         """Blocks of large arrays that other lanes than the calling thread copied."""
+
+    @property
+    def num_shared_bytes(self) -> int:
+        """Bytes of large arrays that the sender wrote while the receiver read the rest."""
 
     def _open(
         self,

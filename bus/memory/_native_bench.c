@@ -11,7 +11,7 @@
 static int
 await_flag(const uint64_t *flag, uint64_t round, int64_t deadline)
 {
-    for (uint64_t polls = 1; __atomic_load_n(flag, __ATOMIC_ACQUIRE) != round; polls++) { /* SYNC: bench-flag */
+    for (uint64_t polls = 1; __atomic_load_n(flag, __ATOMIC_ACQUIRE) < round; polls++) { /* SYNC: bench-flag */
         cpu_relax();
         if (polls % 4096 == 0 && now_ns() >= deadline) {
             return 0;
@@ -20,16 +20,18 @@ await_flag(const uint64_t *flag, uint64_t round, int64_t deadline)
     return 1;
 }
 
-/* bench_pingpong(buf, offset, side, private, first_round, durations, timeout_ns): `durations` (u64, writable) gets the
- * nanoseconds of each round at side 0; its length is the number of rounds. */
+/* bench_pingpong(buf, offset, side, private, first, durations, timeout_ns, is_rewritten): `durations` (u64, writable)
+ * gets the nanoseconds of each round at side 0; its length is the number of rounds. With `is_rewritten` both sides write
+ * `private` anew before each round and meet, out of the time. Flags take two values per round, from `first` on. */
 PyObject *
 bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer shared, private, durations;
-    uint64_t offset, side, first, timeout;
-    if (check_count("bench_pingpong", nargs, 7) < 0 || parse_unsigned(args[1], "offset", INT64_MAX, &offset) < 0 ||
+    uint64_t offset, side, first, timeout, is_rewritten;
+    if (check_count("bench_pingpong", nargs, 8) < 0 || parse_unsigned(args[1], "offset", INT64_MAX, &offset) < 0 ||
         parse_unsigned(args[2], "side", 1, &side) < 0 || parse_unsigned(args[4], "first_round", END_MASK, &first) < 0 ||
         parse_unsigned(args[6], "timeout_ns", INT64_MAX, &timeout) < 0 ||
+        parse_unsigned(args[7], "is_rewritten", 1, &is_rewritten) < 0 ||
         PyObject_GetBuffer(args[0], &shared, PyBUF_WRITABLE) < 0) {
         return NULL;
     }
@@ -56,15 +58,21 @@ bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         int64_t deadline = deadline_after(now_ns(), (int64_t)timeout);
         Py_BEGIN_ALLOW_THREADS
         for (uint64_t i = 0; i < num_rounds && is_done; i++) {
+            uint64_t flag = first + 2 * i + 1;
+            if (is_rewritten) {
+                memset(private.buf, 7, num_bytes);
+                __atomic_store_n(mine, flag - 1, __ATOMIC_RELEASE); /* SYNC: bench-flag */
+                is_done = await_flag(theirs, flag - 1, deadline);
+            }
             int64_t start = now_ns();
             if (side == 1) {
-                is_done = await_flag(theirs, first + i, deadline);
+                is_done = await_flag(theirs, flag, deadline);
                 copy_bytes(private.buf, in, (Py_ssize_t)num_bytes);
             }
             copy_bytes(out, private.buf, (Py_ssize_t)num_bytes);
-            __atomic_store_n(mine, first + i, __ATOMIC_RELEASE); /* SYNC: bench-flag */
+            __atomic_store_n(mine, flag, __ATOMIC_RELEASE); /* SYNC: bench-flag */
             if (side == 0) {
-                is_done = await_flag(theirs, first + i, deadline);
+                is_done = await_flag(theirs, flag, deadline);
                 copy_bytes(private.buf, in, (Py_ssize_t)num_bytes);
             }
             ((uint64_t *)durations.buf)[i] = (uint64_t)(now_ns() - start);

@@ -47,6 +47,7 @@ void
 link_close(LinkEnd *end)
 {
     link_reset(&end->op);
+    share_end_limbo(end, 0);
     if (end->is_open) {
         end->is_open = 0;
         PyBuffer_Release(&end->own);
@@ -150,6 +151,7 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
         PyBuffer_Release(&own_view);
         return -1;
     }
+    share_end_limbo(end, 1); /* the incarnation before has ended */
     link_close(end);
     end->own = own_view;
     end->peer = peer_view;
@@ -176,7 +178,10 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->yield_ns = yield_ns;
     end->may_sleep = may_sleep;
     end->num_lanes = num_lanes;
-    end->pause = end->yield = end->lanes = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->pause = end->yield = end->lanes = end->share = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->watch = NULL;
+    end->watches_only = 0;
+    end->deadline = 0;
     end->is_open = 1;
     resume(end, is_sender);
     end->offer_word = 0;
@@ -319,8 +324,8 @@ link_dtype_code(LinkEnd *end, PyObject *array, char *code)
 /* ---------------------------------------------------------------- habits and copies */
 
 /* Note that a way was tried at the count `now`, and whether it won. */
-static void
-learn(Habit *habit, uint64_t now, int won)
+void
+link_learn(Habit *habit, uint64_t now, int won)
 {
     if (won) {
         habit->score += (SCORE_MAX - habit->score) / 8;
@@ -334,8 +339,8 @@ learn(Habit *habit, uint64_t now, int won)
     }
 }
 
-static inline int
-pays(const Habit *habit, uint64_t now)
+int
+link_pays(const Habit *habit, uint64_t now)
 {
     return habit->score >= SCORE_LOW || now >= habit->probe_at;
 }
@@ -360,7 +365,7 @@ link_copy_job(LinkEnd *end, const CopyJob *job)
     uintptr_t distance = (uintptr_t)job->dst - (uintptr_t)job->src;
     int may_overlap = job->pid == 0 && (distance < job->size || -distance < job->size); /* a put, within an app area */
     int is_shared = end->num_lanes > 1 && !may_overlap && job->size >= 2 * LANE_BLOCK_BYTES &&
-                    pays(&end->lanes, ++end->num_long_copies);
+                    link_pays(&end->lanes, ++end->num_long_copies);
     uint32_t num_blocks = 0, num_helped = 0;
     int outcome, error;
     Py_BEGIN_ALLOW_THREADS
@@ -369,7 +374,7 @@ link_copy_job(LinkEnd *end, const CopyJob *job)
     Py_END_ALLOW_THREADS
     end->num_lane_blocks += num_helped;
     if (is_shared) {
-        learn(&end->lanes, end->num_long_copies, num_helped * 8 >= num_blocks);
+        link_learn(&end->lanes, end->num_long_copies, num_helped * 8 >= num_blocks);
     }
     errno = error;
     return outcome;
@@ -409,7 +414,7 @@ int
 link_refresh(LinkEnd *end)
 {
     uint64_t words[CELL_WORDS];
-    if (!has_news(end) || !load_cell(end->in_cell, words) || (words[0] & ~COUNTER_MASK) != end->in_stamp) {
+    if (!has_cell_news(end) || !load_cell(end->in_cell, words) || (words[0] & ~COUNTER_MASK) != end->in_stamp) {
         return 0;
     }
     end->in_word = words[0];
@@ -451,18 +456,18 @@ link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
 static int
 pause_for_news(LinkEnd *end)
 {
-    if (end->pause_rounds == 0 || !pays(&end->pause, end->num_waits)) {
+    if (end->pause_rounds == 0 || !link_pays(&end->pause, end->num_waits)) {
         return 0;
     }
     for (int round = 0; round < end->pause_rounds; round++) {
         if (has_news(end)) {
             end->num_pause_wins++;
-            learn(&end->pause, end->num_waits, 1);
+            link_learn(&end->pause, end->num_waits, 1);
             return 1;
         }
         cpu_relax();
     }
-    learn(&end->pause, end->num_waits, 0);
+    link_learn(&end->pause, end->num_waits, 0);
     return 0;
 }
 
@@ -471,7 +476,7 @@ pause_for_news(LinkEnd *end)
 static int
 yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
 {
-    if (end->yield_ns == 0 || (end->may_sleep && !pays(&end->yield, end->num_waits))) {
+    if (end->yield_ns == 0 || (end->may_sleep && !link_pays(&end->yield, end->num_waits))) {
         return 0;
     }
     int64_t until = deadline_after(start, end->yield_ns + end->patience_ns);
@@ -481,11 +486,11 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
         if (has_news(end)) {
             int won = now_ns() <= until;
             end->num_yield_wins += (unsigned)won;
-            learn(&end->yield, end->num_waits, won);
+            link_learn(&end->yield, end->num_waits, won);
             return 1;
         }
         if (now_ns() >= until) {
-            learn(&end->yield, end->num_waits, 0);
+            link_learn(&end->yield, end->num_waits, 0);
             return 0;
         }
         for (int i = 0; i < num_pauses && !has_news(end); i++) {

@@ -8,6 +8,8 @@
 
 #include "_native.h"
 
+#include <stddef.h>
+
 #define RECORD_BYTES 64
 #define SLOTS_OFFSET 256
 #define NUM_SLOTS_MAX (1u << 20)
@@ -25,11 +27,14 @@
 #define NUM_LANES_MAX 64
 #define LANE_BLOCK_BYTES (256 * 1024)
 
-#define READ_BYTES 16 /* a pointer into the sender's memory, then the state of that offer, u32 */
-#define READ_STATE 8
+#define READ_BYTES 16 /* the first two words of an Offer: all that is needed to read */
+#define SHARE_UNIT 4096
+#define SHARED_BYTES_MIN (32 * 1024) /* copies from this size on are shared */
+#define SHARE_STUCK (-2)
 
 enum { KIND_INLINE = 1, KIND_PULL = 2, KIND_PUT = 3, KIND_READ = 4 };
 enum { OFFERED = 0, TAKEN = 1, WITHDRAWN = 2 }; /* states of what is offered for reading */
+enum { NOT_HELPED = 0, HELPED = 1, HELP_FAILED = 2 };
 enum { STALLED = 0, CORRUPT = 1, MISMATCH = 2 }; /* kinds of error, see `_error` of bus/xccl/channel.py */
 
 typedef struct {
@@ -50,6 +55,20 @@ typedef struct {
 
 _Static_assert(sizeof(Tag) == 40 && sizeof(Record) == RECORD_BYTES, "a record fills its line");
 
+/* The payload of a record of KIND_READ, or of KIND_PULL with an offset for the address and no state. From `is_invited` on it
+ * serves to share the copy, see _native_share.c. */
+typedef struct {
+    uint64_t address; /* sender: of the array */
+    uint32_t state;   /* both, once: OFFERED, then TAKEN or WITHDRAWN */
+    uint32_t is_invited; /* receiver: 1 once `target` and `shares` are there */
+    uint64_t target;  /* receiver: where the array goes in its memory */
+    uint64_t shares;  /* both: what nobody has claimed, front u32 | back u32 << 32, in units of SHARE_UNIT bytes */
+    uint32_t helped;  /* sender, if it has claimed something and will claim no more: HELPED or HELP_FAILED */
+    uint32_t unused;
+} Offer;
+
+_Static_assert(sizeof(Offer) == 40 && offsetof(Offer, is_invited) == 12, "an offer to be read may end after its state");
+
 /* The message, or part of one, that an end is working on. */
 typedef struct {
     int is_active;   /* a message is under way */
@@ -63,7 +82,8 @@ typedef struct {
     uint64_t event_id;
     uint64_t num_bytes;
     uint64_t num_done;
-    uint64_t offset; /* KIND_PULL, KIND_PUT: where the bytes lie in a segment */
+    uint64_t offset; /* KIND_PULL, KIND_PUT: where the bytes lie in a segment; KIND_READ: their address */
+    int is_sharable; /* the record has room to share the copy */
     uint32_t chunk_id;
 } Transfer;
 
@@ -73,6 +93,15 @@ typedef struct {
     uint32_t interval; /* waits between two probes while the score is low */
     uint64_t probe_at; /* the wait, or long copy, that probes next */
 } Habit;
+
+/* A long copy. With a `pid`, `src` is an address in that process, which must hold `nonce` at `nonce_at`. */
+typedef struct {
+    char *dst;
+    const char *src;
+    uint64_t size;
+    int pid;
+    uint64_t nonce, nonce_at;
+} CopyJob;
 
 typedef struct {
     PyObject_HEAD
@@ -101,10 +130,19 @@ typedef struct {
     Transfer op;
     uint64_t nonce;        /* sender: drawn when the link opens; receiver: what it read in the sender's memory */
     int is_readable;       /* sender: the receiver has shown that it reads this process's memory */
-    uint32_t *offer_state; /* sender: of the message that is offered for reading */
-    uint64_t offer_word;   /* receiver: the offer cell that was answered last */
+    Offer *offer;          /* sender: the message that is offered for reading */
+    CopyJob offered;       /* sender: its array; `dst` is an address in the receiver */
+    uint64_t offer_word;   /* receiver: the offer cell that was answered last; sender: the proof that was read last */
+    int peer_pid;          /* the process that holds the nonce at `nonce_at`, 0 = its memory is out of reach */
     uint64_t nonce_at;
-    int peer_pid;          /* receiver: the process that holds the nonce, 0 = its memory is out of reach */
+    int64_t reached_ns;    /* sender: when it last saw the nonce in the receiver's memory */
+    Py_buffer limbo;       /* receiver: an array that a sender which stalled may still write to */
+    int has_limbo;
+    const Offer *limbo_offer;
+    uint64_t limbo_position;
+    int64_t deadline;      /* receiver: of the call, 0 = it must not wait */
+    const uint32_t *watch; /* a word that is news too once it is not 0 */
+    int watches_only;      /* then the cell is not looked at */
     /* waiting */
     int64_t poll_ns, yield_ns;
     int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
@@ -113,21 +151,14 @@ typedef struct {
     int num_lanes; /* threads that share a long copy */
     uint64_t num_long_copies;
     Habit lanes;
+    uint64_t num_shareable; /* receiver: copies that the sender was or could have been invited to share */
+    Habit share;
     PyObject *dtype; /* the last one seen, and its code */
     char dtype_code[4];
     /* counters */
     unsigned long long num_messages, num_bytes, num_chunks, num_pulled;
-    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps, num_lane_blocks;
+    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps, num_lane_blocks, num_shared_bytes;
 } LinkEnd;
-
-/* A long copy. With a `pid`, `src` is an address in that process, which must hold `nonce` at `nonce_at`. */
-typedef struct {
-    char *dst;
-    const char *src;
-    uint64_t size;
-    int pid;
-    uint64_t nonce, nonce_at;
-} CopyJob;
 
 #define HIDDEN __attribute__((visibility("hidden")))
 
@@ -147,6 +178,15 @@ HIDDEN void link_copy(char *dst, const char *src, uint64_t size);
 HIDDEN int link_copy_job(LinkEnd *end, const CopyJob *job);
 HIDDEN int lanes_copy(const CopyJob *what, int num_lanes, uint32_t *num_blocks, uint32_t *num_helped);
 HIDDEN int copy_part(const CopyJob *what, uint64_t at, uint64_t size);
+HIDDEN int read_process(const CopyJob *what, uint64_t at, uint64_t size);
+HIDDEN int write_process(const CopyJob *what, uint64_t at, uint64_t size);
+HIDDEN int link_reaches_peer(LinkEnd *end);
+HIDDEN int share_copy(LinkEnd *end, const CopyJob *job, Offer *offer);
+HIDDEN int share_is_possible(LinkEnd *end, const CopyJob *job, const Offer *offer);
+HIDDEN void share_help(LinkEnd *end);
+HIDDEN void share_end_limbo(LinkEnd *end, int is_dead);
+HIDDEN int link_pays(const Habit *habit, uint64_t now);
+HIDDEN void link_learn(Habit *habit, uint64_t now, int won);
 HIDDEN void link_offer(LinkEnd *end);
 HIDDEN void link_answer(LinkEnd *end);
 HIDDEN int link_is_readable(LinkEnd *end);
@@ -172,12 +212,31 @@ next_position(LinkEnd *end)
     }
 }
 
+/* Turn OFFERED into `to`; returns what was there. Whoever is second finds the other's word. */
+static inline uint32_t
+end_offer(uint32_t *state, uint32_t to)
+{
+    uint32_t found = OFFERED;
+    __atomic_compare_exchange_n(state, &found, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE); /* SYNC: read-state */
+    return found;
+}
+
 /* The other side has written its cell since it was last read. */
 static inline int
-has_news(const LinkEnd *end)
+has_cell_news(const LinkEnd *end)
 {
     uint64_t word = __atomic_load_n(&end->in_cell[0], __ATOMIC_ACQUIRE); /* SYNC: cell-whole */
     return word != end->in_word && word != 0 && (word & ~COUNTER_MASK) == end->in_stamp;
+}
+
+/* What a wait of this end waits for is there. */
+static inline int
+has_news(const LinkEnd *end)
+{
+    if (end->watch != NULL && __atomic_load_n(end->watch, __ATOMIC_ACQUIRE) != 0) { /* SYNC: share-invite, SYNC: share-done */
+        return 1;
+    }
+    return !end->watches_only && has_cell_news(end);
 }
 
 #endif

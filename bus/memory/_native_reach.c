@@ -10,8 +10,8 @@
 #include <sys/random.h>
 #include <sys/uio.h>
 
-/* Read `size` bytes at `src` of process `pid`, and the nonce with the last of them. -1: errno is set. */
-static int
+/* Read [at, at + size) of a copy in process `pid`, and the nonce with the last of it. -1: errno is set. */
+int
 read_process(const CopyJob *what, uint64_t at, uint64_t size)
 {
     char *dst = what->dst + at;
@@ -35,6 +35,26 @@ read_process(const CopyJob *what, uint64_t at, uint64_t size)
         src += (uint64_t)got;
         size -= (uint64_t)got;
     }
+}
+
+/* Sender: write [at, at + size) of `what` to `dst` in process `pid`. -1: errno is set. */
+int
+write_process(const CopyJob *what, uint64_t at, uint64_t size)
+{
+    const char *src = what->src + at;
+    uint64_t dst = (uint64_t)(uintptr_t)what->dst + at;
+    while (size > 0) {
+        struct iovec local = {(void *)(uintptr_t)src, size}, remote = {(void *)(uintptr_t)dst, size};
+        ssize_t done = process_vm_writev(what->pid, &local, 1, &remote, 1, 0);
+        if (done <= 0) {
+            errno = done == 0 ? EFAULT : errno;
+            return -1;
+        }
+        src += done;
+        dst += (uint64_t)done;
+        size -= (uint64_t)done;
+    }
+    return 0;
 }
 
 /* Do [at, at + size) of a long copy. -1: errno is set. */
@@ -62,7 +82,7 @@ void
 link_offer(LinkEnd *end)
 {
     end->is_readable = 0;
-    end->offer_state = NULL;
+    end->offer = NULL;
     if (end->read_bytes_min == UINT64_MAX || getrandom(&end->nonce, sizeof end->nonce, 0) != sizeof end->nonce) {
         return;
     }
@@ -93,19 +113,45 @@ link_answer(LinkEnd *end)
     end->peer_pid = (int)words[1];
     end->nonce_at = words[2];
     uint64_t *cell = end->out_cell + CELL_WORDS;
-    uint64_t proof[CELL_WORDS] = {next_word(cell, end->out_stamp), end->nonce, 0, 0};
+    uint64_t proof[CELL_WORDS] = {next_word(cell, end->out_stamp), end->nonce, (uint64_t)getpid(),
+                                  (uint64_t)(uintptr_t)&end->nonce};
     store_cell(cell, proof);
 }
 
-/* Sender: whether the receiver has shown the nonce of this link. */
+/* Sender: whether the receiver has shown the nonce of this link. It says too where it keeps it: another place when it has
+ * opened the link again. */
 int
 link_is_readable(LinkEnd *end)
 {
+    const uint64_t *proof = end->in_cell + CELL_WORDS;
     uint64_t words[CELL_WORDS];
-    if (!end->is_readable && load_cell(end->in_cell + CELL_WORDS, words)) {
+    if (__atomic_load_n(&proof[0], __ATOMIC_RELAXED) != end->offer_word && load_cell(proof, words)) {
+        end->offer_word = words[0];
         end->is_readable = (words[0] & ~COUNTER_MASK) == end->in_stamp && words[1] == end->nonce;
+        end->peer_pid = end->is_readable && words[2] <= INT_MAX ? (int)words[2] : 0;
+        end->nonce_at = words[3];
+        end->reached_ns = 0;
     }
     return end->is_readable;
+}
+
+#define REACHED_NS 1000000 /* a process id is not given to another process so soon after it was seen in use */
+
+/* Sender: whether the process that it would write to is the receiver: it holds this link's nonce, which nobody else knows. */
+int
+link_reaches_peer(LinkEnd *end)
+{
+    int64_t now = now_ns();
+    if (end->peer_pid == 0 || (end->reached_ns != 0 && now - end->reached_ns < REACHED_NS)) {
+        return end->peer_pid != 0;
+    }
+    uint64_t found = 0;
+    struct iovec local = {&found, sizeof found}, remote = {(void *)(uintptr_t)end->nonce_at, sizeof found};
+    if (process_vm_readv(end->peer_pid, &local, 1, &remote, 1, 0) != sizeof found || found != end->nonce) {
+        end->peer_pid = 0;
+    }
+    end->reached_ns = now;
+    return end->peer_pid != 0;
 }
 
 /* read_memory(pid, address, out): for the slow twin. */

@@ -132,8 +132,10 @@ parse_first(LinkEnd *end, const Record *record, Transfer *op, uint64_t *start)
     if (num_bytes > end->message_bytes_max) {
         return 0;
     }
+    uint64_t size = record->num_bytes - *start;
+    op->is_sharable = tag->kind != KIND_PUT && size == sizeof(Offer);
     if (tag->kind == KIND_READ) {
-        if (record->num_bytes != *start + READ_BYTES || end->peer_pid == 0) {
+        if ((size != READ_BYTES && size != sizeof(Offer)) || end->peer_pid == 0) {
             return 0;
         }
         memcpy(&op->offset, payload + *start, PULL_BYTES);
@@ -141,7 +143,7 @@ parse_first(LinkEnd *end, const Record *record, Transfer *op, uint64_t *start)
     else if (tag->kind != KIND_INLINE) {
         uint64_t low = tag->kind == KIND_PULL ? end->peer_low : end->own_low;
         uint64_t high = tag->kind == KIND_PULL ? end->peer_high : end->own_high;
-        if (record->num_bytes != *start + PULL_BYTES) {
+        if (size != PULL_BYTES && !op->is_sharable) {
             return 0;
         }
         memcpy(&op->offset, payload + *start, PULL_BYTES);
@@ -274,6 +276,14 @@ take_inline(LinkEnd *end, const Record *record, uint64_t start)
     return DONE;
 }
 
+/* Copy `job`, with the sender if that pays. As `share_copy`. */
+static int
+copy_whole(LinkEnd *end, const CopyJob *job, Offer *offer)
+{
+    int is_shared = end->op.is_sharable && share_is_possible(end, job, offer);
+    return is_shared ? share_copy(end, job, offer) : link_copy_job(end, job);
+}
+
 #define GONE_TRIES 1000 /* a millisecond apart */
 
 /* Raise what is known against the sender's life: -1. Otherwise 0. A process that ends loses its memory a moment before
@@ -292,39 +302,61 @@ check_sender(LinkEnd *end, uint64_t event_id, int error)
     return outcome;
 }
 
-/* Copy a whole array out of a segment, or out of the sender's memory. LOST: the sender has withdrawn it. */
+/* Copy an array out of the sender's memory. DONE, -1, or LOST: the sender has withdrawn it. */
+static int
+take_offered(LinkEnd *end, Offer *offer)
+{
+    Transfer *op = &end->op;
+    CopyJob job = {.dst = op->view.buf,
+                   .src = (const char *)(uintptr_t)op->offset,
+                   .size = op->num_bytes,
+                   .pid = end->peer_pid,
+                   .nonce = end->nonce,
+                   .nonce_at = end->nonce_at};
+    int outcome = copy_whole(end, &job, offer);
+    if (outcome == SHARE_STUCK) {
+        return -1;
+    }
+    int error = outcome < 0 ? errno : 0;
+    uint32_t found = OFFERED;
+    if (error != 0) {
+        found = __atomic_load_n(&offer->state, __ATOMIC_ACQUIRE); /* SYNC: read-state */
+    }
+    else {
+        /* Still offered after the last byte was read: the sender has not let go of the array meanwhile. */
+        found = end_offer(&offer->state, TAKEN);
+    }
+    if (found == WITHDRAWN) {
+        return LOST;
+    }
+    if (error != 0) {
+        return check_sender(end, op->event_id, error) < 0
+                   ? -1
+                   : link_error(end, CORRUPT, op->event_id, "%llu bytes of the sender's memory: %s",
+                                (unsigned long long)op->num_bytes, strerror(error));
+    }
+    return DONE;
+}
+
+/* Copy a whole array out of a segment, or out of the sender's memory. DONE, -1, or LOST. */
 static int
 take_whole(LinkEnd *end, uint64_t start)
 {
     Transfer *op = &end->op;
-    CopyJob job = {.dst = op->view.buf, .size = op->num_bytes};
-    if (op->tag.kind != KIND_READ) {
-        job.src = (const char *)(op->tag.kind == KIND_PULL ? end->peer.buf : end->own.buf) + op->offset;
-        (void)link_copy_job(end, &job);
+    Offer *offer = (Offer *)(end->slot + RECORD_BYTES + start);
+    if (op->tag.kind == KIND_READ) {
+        int outcome = take_offered(end, offer);
+        if (outcome != DONE) {
+            return outcome;
+        }
     }
     else {
-        uint32_t *state = (uint32_t *)(end->slot + RECORD_BYTES + start + READ_STATE), found = OFFERED;
-        job.src = (const char *)(uintptr_t)op->offset;
-        job.pid = end->peer_pid;
-        job.nonce = end->nonce;
-        job.nonce_at = end->nonce_at;
-        int error = link_copy_job(end, &job) < 0 ? errno : 0;
-        if (error != 0) {
-            found = __atomic_load_n(state, __ATOMIC_ACQUIRE); /* SYNC: read-state */
-        }
-        else {
-            /* Still offered after the last byte was read: the sender has not let go of the array meanwhile. */
-            __atomic_compare_exchange_n(state, &found, TAKEN, 0, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_ACQUIRE); /* SYNC: read-state */
-        }
-        if (found == WITHDRAWN) {
-            return LOST;
-        }
-        if (error != 0) {
-            return check_sender(end, op->event_id, error) < 0
-                       ? -1
-                       : link_error(end, CORRUPT, op->event_id, "%llu bytes of the sender's memory: %s",
-                                    (unsigned long long)op->num_bytes, strerror(error));
+        const Py_buffer *segment = op->tag.kind == KIND_PULL ? &end->peer : &end->own;
+        CopyJob job = {.dst = op->view.buf, .src = (const char *)segment->buf + op->offset, .size = op->num_bytes};
+        int outcome = copy_whole(end, &job, offer);
+        if (outcome < 0) {
+            return outcome == SHARE_STUCK ? -1
+                                          : link_error(end, CORRUPT, op->event_id, "the shares of a copy are impossible");
         }
     }
     op->num_done = op->num_bytes;
@@ -434,6 +466,7 @@ recv_whole(LinkEnd *end, PyObject *out, uint64_t event_id, int64_t deadline, int
     if (out != Py_None && hold(end, out) < 0) {
         PyErr_Clear(); /* said again once a message has come: its own faults are named first */
     }
+    end->deadline = deadline;
     while ((outcome = advance(end, out, event_id, is_first, parts_are_welcome)) == LACKS) {
         int news = link_await_news(end, event_id, deadline);
         if (news == 0) {
@@ -444,6 +477,7 @@ recv_whole(LinkEnd *end, PyObject *out, uint64_t event_id, int64_t deadline, int
             break;
         }
     }
+    end->deadline = 0;
     if (outcome != DONE) {
         link_reset(&end->op);
     }
@@ -652,6 +686,7 @@ static PyMemberDef members[] = {
     COUNTER(num_yield_wins),
     COUNTER(num_sleeps),
     COUNTER(num_lane_blocks),
+    COUNTER(num_shared_bytes),
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -87,6 +87,7 @@ begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint3
     }
     op->tag.num_dims = (uint8_t)op->view.ndim;
     op->tag.kind = KIND_INLINE;
+    op->is_sharable = 0;
     op->tag.num_more = (uint16_t)num_more;
     for (int i = 0; i < op->view.ndim; i++) {
         *(i < TAG_DIMS ? &op->tag.shape[i] : &op->rest[i - TAG_DIMS]) = (uint64_t)op->view.shape[i];
@@ -100,9 +101,11 @@ begin(LinkEnd *end, PyObject *array, uint64_t event_id, uint64_t num_more, uint3
         op->num_bytes <= end->own_high - at) {
         op->tag.kind = KIND_PULL;
         op->offset = at;
+        op->is_sharable = may_read && link_is_readable(end);
     }
     else if (may_read && op->num_bytes >= end->read_bytes_min && link_is_readable(end)) {
         op->tag.kind = KIND_READ;
+        op->is_sharable = 1;
         op->offset = (uint64_t)(uintptr_t)op->view.buf;
     }
     op->is_active = op->has_view = 1;
@@ -149,10 +152,12 @@ push_chunk(LinkEnd *end)
     else {
         memcpy(payload + start, &op->offset, PULL_BYTES);
         num_bytes = PULL_BYTES;
-        if (op->tag.kind == KIND_READ) {
-            end->offer_state = (uint32_t *)(payload + start + READ_STATE);
-            memset(payload + start + READ_STATE, 0, READ_BYTES - READ_STATE); /* OFFERED */
-            num_bytes = READ_BYTES;
+        if (op->is_sharable) {
+            end->offer = (Offer *)(payload + start);
+            memset(payload + start + PULL_BYTES, 0, sizeof(Offer) - PULL_BYTES); /* OFFERED, nobody invited */
+            num_bytes = sizeof(Offer);
+            end->offered.src = op->view.buf;
+            end->offered.size = op->num_bytes;
         }
         op->num_done = op->num_bytes;
         end->num_pulled++;
@@ -221,12 +226,22 @@ static int
 await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
 {
     int outcome;
+    if (end->offer != NULL && end->offered.size >= SHARED_BYTES_MIN && link_reaches_peer(end)) {
+        end->watch = &end->offer->is_invited;
+    }
     while ((outcome = is_taken(end, tail, event_id)) == 0) {
+        if (end->watch != NULL && __atomic_load_n(end->watch, __ATOMIC_ACQUIRE) != 0) { /* SYNC: share-invite */
+            end->watch = NULL;
+            share_help(end);
+            continue;
+        }
         int news = link_await_news(end, event_id, deadline);
         if (news <= 0) {
-            return news < 0 ? -1 : link_error(end, STALLED, event_id, "it has not acknowledged");
+            outcome = news < 0 ? -1 : link_error(end, STALLED, event_id, "it has not acknowledged");
+            break;
         }
     }
+    end->watch = NULL;
     return outcome;
 }
 
@@ -234,12 +249,10 @@ await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
 static void
 withdraw(LinkEnd *end, int outcome)
 {
-    uint32_t offered = OFFERED;
-    if (end->offer_state != NULL && outcome < 0) {
-        __atomic_compare_exchange_n(end->offer_state, &offered, WITHDRAWN, 0, __ATOMIC_ACQ_REL,
-                                    __ATOMIC_ACQUIRE); /* SYNC: read-state */
+    if (end->offer != NULL && outcome < 0) {
+        end_offer(&end->offer->state, WITHDRAWN);
     }
-    end->offer_state = NULL;
+    end->offer = NULL;
 }
 
 /* ---------------------------------------------------------------- methods */
@@ -469,6 +482,7 @@ static PyMemberDef members[] = {
     COUNTER(num_yield_wins),
     COUNTER(num_sleeps),
     COUNTER(num_lane_blocks),
+    COUNTER(num_shared_bytes),
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -67,6 +67,7 @@ class LinkStats(TypedDict):
     num_yield_wins: int
     num_sleeps: int
     num_lane_blocks: int
+    num_shared_bytes: int
 
 
 # Loops repeat few shapes: what follows from one is remembered.
@@ -148,6 +149,7 @@ def _counters(end: _native.SendEnd | _native.RecvEnd) -> LinkStats:
         num_yield_wins=end.num_yield_wins,
         num_sleeps=end.num_sleeps,
         num_lane_blocks=end.num_lane_blocks,
+        num_shared_bytes=end.num_shared_bytes,
     )
 
 

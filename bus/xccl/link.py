@@ -53,6 +53,7 @@ from bus.xccl.message import (
     POINTER,
     PULL,
     READ,
+    SHARED_OFFER_BYTES,
     SLOT_BYTES_MIN,
     TAG_DIMS,
     TAKEN,
@@ -298,8 +299,9 @@ class Incoming:
             return record.payload, start, len(record.payload) - start
         segment = self.segment if header.kind == PULL else self._endpoint.segment
         low, high = segment.layout.app_offset, segment.layout.app_offset + segment.layout.app_bytes
-        pointer = bytes(record.payload[start:])
-        at = POINTER.unpack(pointer)[0] if len(pointer) == POINTER.size else -1
+        size = len(record.payload) - start
+        is_pointer = size == POINTER.size or (header.kind == PULL and size == SHARED_OFFER_BYTES)
+        at = POINTER.unpack_from(record.payload, start)[0] if is_pointer else -1
         if not low <= at <= high - num_bytes:
             text = f"pointer: {num_bytes} bytes at {at} are outside the app area {low}..{high}"
             raise _corrupt(self._endpoint, self._peer, text, record.event_id)
@@ -309,9 +311,10 @@ class Incoming:
         """Copy `data` out of the sender's memory. False: the sender has withdrawn it."""
         endpoint, event_id = self._endpoint, record.event_id
         offer = _native.read_cell(endpoint.segment.buf, self._offer_offset)  # SYNC: cell-whole
-        if len(record.payload) != start + OFFER.size or offer is None:
+        size = len(record.payload) - start
+        if size not in (OFFER.size, SHARED_OFFER_BYTES) or offer is None:
             raise _corrupt(endpoint, self._peer, "offer: there is none, or it has another size", event_id)
-        address, _ = OFFER.unpack(record.payload[start:])
+        address, _ = OFFER.unpack_from(record.payload, start)
         error: OSError | ValueError | None = None
         try:
             _native.read_memory(offer[1], address, data)

@@ -13,9 +13,11 @@ Arrays of 5 to 8 dimensions have the others in the first 64 bytes of that record
 u64, unused = 0). Kinds:
 
     INLINE  the bytes follow, in this record and the next ones
-    PULL    they lie in the sender's app area; the payload is their offset in its segment, u64
+    PULL    they lie in the sender's app area; the payload is their offset in its segment, u64, alone (8 bytes) or in
+            40 bytes as under READ
     PUT     the sender has stored them in the receiver's app area; the payload is their offset there, u64
-    READ    they lie in the sender's memory; the payload is their address, u64, and the state of the offer, u32
+    READ    they lie in the sender's memory; the payload is their address, u64, and the state of the offer, u32, either
+            alone (16 bytes) or with the words by which both ends share the copy (40 bytes)
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ EXTENSION: Final = struct.Struct("=8Q")
 EXTENSION_BYTES: Final = 64
 POINTER: Final = struct.Struct("=Q")
 OFFER: Final = struct.Struct("=QI4x")
+SHARED_OFFER_BYTES: Final = 40
 OFFER_STATE: Final = 8
 OFFERED, TAKEN, WITHDRAWN = 0, 1, 2
 TAG_DIMS: Final = 4

@@ -149,7 +149,9 @@ class P2p:
             ValueError: `out` has another dtype or shape, or the message has several parts (it stays), or
             `peer` has no ring here. RuntimeError: an `irecv` from `peer` is pending.
 
-        After an error `out` may be partly filled. Blocks: yes; releases the GIL.
+        After an error `out` may be partly filled; if the sender was stopped while it wrote its share of a large
+        array, which the error says, it may still be written to, and lives until that is over.
+        Blocks: yes; releases the GIL.
         Source: paper v6 section 2, steps 5-7. Twin: `bus.xccl.reference.P2pReference`.
         """
         return self._idle(peer).recv(out, event_id, deadline)

@@ -21,6 +21,7 @@ WORLD = World.of(attention=1, expert=1)
 SENDER, RECEIVER = WORLD.ranks
 RING = RingLayout(num_slots=4, slot_bytes=256)
 LIVING = "none"
+REPEATS = 200  # of the second message by `repeating_sender`
 
 
 def endpoint_of(me: Rank, pod: str, incarnation: int) -> Endpoint:
@@ -122,6 +123,16 @@ def sender(endpoint: Endpoint, incarnation: int, point: str, num_bytes: int) -> 
     p2p.close()
 
 
+def repeating_sender(endpoint: Endpoint, incarnation: int, point: str, num_bytes: int) -> None:
+    """Send the second message again and again."""
+    p2p = P2p(endpoint)
+    p2p.send(first_message(incarnation), RECEIVER, 1, soon())
+    arm(point)
+    for _ in range(REPEATS):
+        p2p.send(second_message(num_bytes), RECEIVER, 2, soon())
+    p2p.close()
+
+
 def receiver(endpoint: Endpoint, incarnation: int, point: str, num_bytes: int) -> None:
     """Receive; `viewed` dies while it looks at a message in place, the other points are in C."""
     p2p = P2p(endpoint)
@@ -130,6 +141,8 @@ def receiver(endpoint: Endpoint, incarnation: int, point: str, num_bytes: int) -
         assert np.array_equal(p2p.peek(SENDER, 2, soon()), second_message(num_bytes))
         die(point)
     arm(point)
+    if point == "block-copied":  # it dies there; who must not wait shares with nobody but its own lanes
+        assert np.array_equal(p2p.irecv(None, SENDER, 2).wait(soon()), second_message(num_bytes))
     assert np.array_equal(p2p.recv(None, SENDER, 2, soon()), second_message(num_bytes))
     assert np.array_equal(p2p.recv(None, SENDER, 3, soon()), LAST_MESSAGE)
     p2p.close()
@@ -139,6 +152,7 @@ def main(role: str, pod: str, incarnation: int, peer_segment: str, point: str, n
     me, act = {
         "slow-sender": (SENDER, slow_sender),
         "sender": (SENDER, sender),
+        "repeating-sender": (SENDER, repeating_sender),
         "receiver": (RECEIVER, receiver),
     }[role]
     endpoint = endpoint_of(me, pod, incarnation)

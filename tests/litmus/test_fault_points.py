@@ -33,6 +33,7 @@ KILLED = {
     "_native_send.c": [SENDER],
     "_native_recv.c": [RECEIVER],
     "_native_lanes.c": [names(test_p2p_death.LANE_POINTS)],
+    "_native_share.c": [names(test_p2p_death.INVITER_POINTS) | names(test_p2p_death.HELPER_POINTS)],
     "_collectives_group.c": [DISPATCH, ALLTOALL],
     "_collectives_exchange.c": [DISPATCH],
     "_collectives_alltoall.c": [ALLTOALL],

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from bus.clock import Deadline
 from bus.errors import PeerDied, PeerStalled
 from bus.memory import _native
+from bus.memory.ring import RECORD_BYTES, SLOTS_OFFSET
 from bus.memory.segment import Segment, segment_name, segment_prefix, sweep, total_bytes
 from bus.xccl.endpoint import P2P_ACK_LANE, P2P_DATA_LANE, Endpoint
 from bus.xccl.p2p import P2p, SlowP2p
@@ -28,6 +31,8 @@ from tests.litmus.p2p_child import (
     LAST_MESSAGE,
     LIVING,
     RECEIVER,
+    REPEATS,
+    RING,
     SENDER,
     endpoint_of,
     first_message,
@@ -45,7 +50,10 @@ SIZES = pytest.mark.parametrize(
 SENDER_POINTS = ["claimed", "copied", "recorded", "cell-begun", "published", "rung"]
 RECEIVER_POINTS = ["peeked", "copied-out", "cell-begun", "published", "rung", "acknowledging", "acknowledged"]
 LANE_POINTS = ["block-copied"]
+INVITER_POINTS = ["invited", "share-read"]
+HELPER_POINTS = ["share-claimed", "share-claimed:3", "share-written", "share-written:2"]
 PUBLISHED = ("published", "rung")
+NUM_RECORDS_BEFORE = 4  # of the first message
 Spawn = Callable[..., Any]
 
 
@@ -250,6 +258,77 @@ def test_a_whole_message_of_a_dead_sender_is_received_first(spawn: Spawn, receiv
         p2p.recv(None, SENDER, 4, soon())
 
 
+def invite(receiver: Endpoint, peer: str, into: np.ndarray) -> None:
+    """Invite the sender to write all of its message, but for one share."""
+    ring = receiver.ring_offset(SENDER)
+    assert ring is not None
+    at = ring + SLOTS_OFFSET + RING.slot_stride * (NUM_RECORDS_BEFORE % RING.num_slots) + RECORD_BYTES
+    units = -(-into.nbytes // 4096)
+    buf = receiver.segment.buf
+    buf[at + 16 : at + 32] = struct.pack("=QII", into.ctypes.data, 4, units)
+    _native.store_u32(buf, at + 12, 1)
+    segment = Segment.attach(peer)
+    segment.ring_doorbell()
+    segment.close()
+
+
+@NEEDS_READING
+@pytest.mark.parametrize("point", HELPER_POINTS)
+def test_a_sender_killed_while_it_shares_a_copy(
+    spawn: Spawn, receiver: Endpoint, faulty_build: Path, point: str
+) -> None:
+    """What it claimed and wrote is no message: its memory, where the rest is, has gone with it."""
+    p2p, peers = P2p(receiver), Peers(spawn, receiver, "sender", faulty_build)
+    child = peers.start(point, READ_WHOLE)
+    assert np.array_equal(p2p.recv(None, SENDER, 1, soon()), first_message(1))
+    await_message(p2p)
+    out = np.zeros(READ_WHOLE, np.uint8)
+    invite(receiver, segment_name(receiver.pod, "attention", 0, 1), out)
+    assert_died_at(child, point.split(":")[0])
+    if point.startswith("share-written"):
+        assert np.array_equal(out[-16_384:], second_message(READ_WHOLE)[-16_384:])
+    assert not out[: 4 * 4096].any()
+    with pytest.raises(PeerDied, match=r"rank expert-0, peer attention-0, event 0x2"):
+        p2p.recv(out, SENDER, 2, soon())
+    survivor = peers.start(num_bytes=READ_WHOLE)
+    receive_all(p2p, 2, READ_WHOLE)
+    assert_finished(survivor)
+    p2p.close()
+
+
+@NEEDS_READING
+def test_a_sender_stopped_while_it_shares_a_copy(
+    spawn: Spawn, receiver: Endpoint, faulty_build: Path
+) -> None:
+    """The receiver's deadline holds; its array outlives the call, for the sender may write to it when it goes on."""
+    p2p, peers = P2p(receiver), Peers(spawn, receiver, "repeating-sender", faulty_build)
+    child = peers.start("share-claimed~", READ_WHOLE)
+    expected, num_received = second_message(READ_WHOLE), 0
+    assert np.array_equal(p2p.recv(None, SENDER, 1, soon()), first_message(1))
+    while True:
+        out = np.zeros(READ_WHOLE, np.uint8)
+        try:
+            p2p.recv(out, SENDER, 2, Deadline.after_ms(500))
+        except PeerStalled as error:
+            if "while it wrote to the array" in str(error):
+                break
+            continue  # stalled before: the machine is busy
+        assert np.array_equal(out, expected)
+        num_received += 1
+        assert num_received < REPEATS, "it never helped"
+    assert child.line() == "fault share-claimed"
+    kept = weakref.ref(out)
+    del out
+    assert kept() is not None
+    assert np.array_equal(p2p.recv(None, SENDER, 2, soon()), expected), "received alone, into another array"
+    child.process.send_signal(signal.SIGCONT)
+    for _ in range(num_received + 1, REPEATS):
+        assert np.array_equal(p2p.recv(None, SENDER, 2, soon()), expected)
+    assert kept() is None
+    assert_finished(child)
+    p2p.close()
+
+
 # ------------------------------------------------------------------ the receiver dies
 
 
@@ -275,6 +354,21 @@ def test_a_receiver_killed_at_every_point(
     if point == "cell-begun":
         assert _native.load_u64(sender.segment.buf, sender.cell_from(RECEIVER, P2P_ACK_LANE)) == 0
     send_all(p2p, peers, num_bytes)
+
+
+@NEEDS_READING
+@pytest.mark.parametrize("point", INVITER_POINTS)
+def test_a_receiver_killed_while_it_shares_a_copy(
+    spawn: Spawn, sender: Endpoint, faulty_build: Path, point: str
+) -> None:
+    """The sender, which may be writing into the memory of the dead one, learns who died."""
+    p2p, peers = P2p(sender), Peers(spawn, sender, "receiver", faulty_build)
+    child = peers.start(point, READ_WHOLE)
+    p2p.send(first_message(1), RECEIVER, 1, soon())
+    with pytest.raises(PeerDied, match=r"rank attention-0, peer expert-0, event 0x2"):
+        p2p.send(second_message(READ_WHOLE), RECEIVER, 2, soon())
+    assert_died_at(child, point)
+    send_all(p2p, peers, READ_WHOLE)
 
 
 @NEEDS_READING

@@ -40,8 +40,8 @@ RUN, DONE, DEAD = -1, -2, -3  # status; from 0 on: asleep on that shared word
 CERTAIN = -1  # in a window: not a guessed branch
 LOCAL_STEPS_MAX = 200
 CALLS = frozenset({"sleep", "wake", "until"})
-WRITES = frozenset({"store", "add"})
-LOADS = frozenset({"load", "add"})
+WRITES = frozenset({"store", "add", "update"})
+LOADS = frozenset({"load", "add", "update"})
 ACCESSES = WRITES | LOADS
 
 
@@ -313,7 +313,8 @@ class Checker:
         op = self._op(program, thread, at)
         value, stored = 0, None
         if op.value is not None:
-            value = int(eval(op.value, {}, dict(zip(program.registers, thread.registers, strict=True))))
+            words = dict(zip(program.registers, thread.registers, strict=True)) | {"old": held}
+            value = int(eval(op.value, {}, words))
         if op.kind == "assert" and not value:
             registers = dict(zip(program.registers, thread.registers, strict=True))
             raise _BrokenError(f"{program.name}: {op.text} {registers}")
@@ -322,7 +323,7 @@ class Checker:
             return Outcome(Step(program.name, op.text, held), None, False, (asleep,))
         if op.kind in WRITES:
             stored = value = value + held if op.kind == "add" else value
-        elif op.kind == "load":
+        if op.kind in ("load", "update"):
             value = held
         step = Step(program.name, op.text, value if op.dst or op.kind in WRITES else None)
         threads = self._after(program, thread, at, value)

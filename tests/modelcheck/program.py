@@ -5,6 +5,8 @@
     x = load ORDER VAR                  one shared load
     store ORDER VAR = EXPR              one shared store
     x = add ORDER VAR EXPR              an atomic addition; x is the new value
+    x = update ORDER VAR EXPR           an atomic update, as a loop of compare and swap makes it: EXPR names the value
+                                        that was there `old`; x is that one
     fence release|acquire|seq_cst
     goto LABEL / if EXPR goto LABEL
     until EXPR                          the environment's patience: goes on in the step in which EXPR holds
@@ -34,6 +36,7 @@ _PATTERNS = [
     ("set", re.compile(r"(\w+) := (.+)")),
     ("load", re.compile(rf"(\w+) = load {_ORDER} {_VAR}")),
     ("add", re.compile(rf"(\w+) = add {_ORDER} {_VAR} (.+)")),
+    ("update", re.compile(rf"(\w+) = update {_ORDER} {_VAR} (.+)")),
     ("store", re.compile(rf"store {_ORDER} {_VAR} = (.+)")),
     ("fence", re.compile(r"fence (release|acquire|seq_cst)")),
     ("goto", re.compile(r"goto (\w+)")),
@@ -133,7 +136,7 @@ def _op(line: str, kind: str, groups: tuple[str, ...], labels: dict[str, int]) -
         return _with(line, kind, value=groups[1], dst=groups[0])
     if kind == "load":
         return _with(line, kind, order=groups[1], var=groups[2], dst=groups[0])
-    if kind == "add":
+    if kind in ("add", "update"):
         return _with(line, kind, order=groups[1], var=groups[2], value=groups[3], dst=groups[0])
     if kind == "store":
         return _with(line, kind, order=groups[0], var=groups[1], value=groups[2])

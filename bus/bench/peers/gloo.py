@@ -29,7 +29,9 @@ class Partner:
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
         out, into = self._out[:num_bytes], self._into[:num_bytes]
-        return Ends(self._gloo.send, (out, self._peer), self._gloo.recv, (into, self._peer))
+        return Ends(
+            self._gloo.send, (out, self._peer), self._gloo.recv, (into, self._peer), lambda: out.fill_(7)
+        )
 
 
 class Ranks:

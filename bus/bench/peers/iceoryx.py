@@ -34,7 +34,10 @@ class Topic:
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
         loan, receive, move = self._publisher.loan_slice_uninit, self._subscriber.receive, ctypes.memmove
-        out, into = self._out.ctypes.data, self._into.ctypes.data
+        out, into, payload = self._out.ctypes.data, self._into.ctypes.data, self._out[:num_bytes]
+
+        def rewrite() -> None:
+            payload.fill(7)
 
         def send() -> None:
             sample = loan(num_bytes)
@@ -48,7 +51,7 @@ class Topic:
             sample.delete()
 
         if self._polled:
-            return Ends(send, (), poll, ())
+            return Ends(send, (), poll, (), rewrite)
         notify, wait = self._notifier.notify, self._listener.blocking_wait  # type: ignore[union-attr]
 
         def send_and_notify() -> None:
@@ -61,7 +64,7 @@ class Topic:
             move(into, sample.payload_ptr, num_bytes)
             sample.delete()
 
-        return Ends(send_and_notify, (), sleep, ())
+        return Ends(send_and_notify, (), sleep, (), rewrite)
 
     def close(self) -> None:
         """Delete the ports."""

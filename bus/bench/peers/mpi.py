@@ -34,7 +34,8 @@ class Partner:
         """See `Link`."""
         world, byte = self._mpi.COMM_WORLD, self._mpi.BYTE
         out, into = [self._out, num_bytes, byte], [self._into, num_bytes, byte]
-        return Ends(world.Send, (out, self._peer), world.Recv, (into, self._peer))
+        payload = self._out[:num_bytes]
+        return Ends(world.Send, (out, self._peer), world.Recv, (into, self._peer), lambda: payload.fill(7))
 
 
 class World:

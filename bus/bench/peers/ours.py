@@ -1,10 +1,11 @@
 """The bus itself, and the C ping-pong that it is measured against, in the same process pair.
 
 C limit       two copies in C, pure spin: bus/memory/_native_bench.c
+All rewrite their arrays before each round from 16 KiB on; pull and zero-copy always.
 spin, adaptive (the default), blocking
-              `Sender.send`, `Receiver.recv` on private arrays: two copies; from 16 KiB on read in the sender's memory
-pull          adaptive, the array lies in the sender's app area: one copy; rewritten before each round
-zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy; rewritten before each round
+              `Sender.send`, `Receiver.recv` on private arrays: two copies; from 16 KiB on one, across processes
+pull          adaptive, the array lies in the sender's app area: one copy
+zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bus.bench import pingpong
 from bus.bench.meeting import Meeting, Message
 from bus.bench.peers.ours_rows import open_rows
 from bus.bench.pingpong import Ends, Link
@@ -25,6 +27,7 @@ from bus.memory import _native
 from bus.memory.layout import align_up
 from bus.memory.ring import RingLayout
 from bus.memory.wait import Adaptive, Blocking, Spin, WaitStrategy
+from bus.priority import prioritise
 from bus.xccl.endpoint import Endpoint, Rank, World
 from bus.xccl.p2p import P2p
 
@@ -63,9 +66,12 @@ class Limit:
         private = np.ones(num_bytes + 16, np.uint8)[16:]
         segment, timeout_ns = self._segment, TIMEOUT_MS * 1_000_000
         first = self._played + 1
-        self._played += rounds
+        self._played += 2 * rounds
         offset = segment.layout.app_offset
-        if not _native.bench_pingpong(segment.buf, offset, side, private, first, durations, timeout_ns):
+        is_rewritten = num_bytes >= pingpong.REWRITTEN_BYTES_MIN
+        if not _native.bench_pingpong(
+            segment.buf, offset, side, private, first, durations, timeout_ns, is_rewritten
+        ):
             raise TimeoutError("the other side of the C ping-pong is silent")
         return [int(value) for value in durations]
 
@@ -80,7 +86,7 @@ class Copying:
         # 16 bytes past a page, where NumPy likes to put data.
         self._own = np.ones(size_max + 16, np.uint8)[16:] if own is None else own
         self._into = np.ones(size_max + 16, np.uint8)[16:]
-        self._is_pulled, self._meet = own is not None, meet
+        self._meet = meet
 
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
@@ -90,7 +96,7 @@ class Copying:
             (out, EVENT, deadline),
             self._receiver.recv,
             (into, EVENT, deadline),
-            (lambda: out.fill(7)) if self._is_pulled else None,
+            lambda: out.fill(7),
             self._meet,
         )
 
@@ -128,6 +134,7 @@ class ZeroCopy:
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
     """Return the links with the partner, one endpoint each."""
     opener = _Opener(meeting, stack, XcclConfig(**options["xccl"]))
+    prioritise(opener.config.slice_us, opener.config.nice)
     spin_ns = opener.config.spin_us * 1_000
     links: dict[str, Link] = {}
     area = 4096 + 2 * align_up(size_max, 4096)
@@ -137,7 +144,10 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
     for name, strategy in strategies.items():
         _, p2p, peer = opener.open(name.split()[-1], strategy, CHUNKED, 0)
         links[name] = Copying(p2p, peer, size_max)
-    meet = _meeting(links[ADAPTIVE], meeting.rank & 1)
+
+    def meet() -> None:
+        pingpong.meeting(links[ADAPTIVE], meeting.rank & 1)()
+
     endpoint, p2p, peer = opener.open("pull", Adaptive(spin_ns), CHUNKED, align_up(size_max, 4096))
     own = endpoint.segment.array(endpoint.segment.layout.app_offset, (size_max,), np.uint8)
     links[PULL] = Copying(p2p, peer, size_max, own, meet)
@@ -145,21 +155,6 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
     _, p2p, peer = opener.open("zero", Adaptive(spin_ns), whole, 0)
     links[ZERO_COPY] = ZeroCopy(p2p, peer, meet)
     return links
-
-
-def _meeting(link: Link, side: int) -> Meet:
-    """Return a call after which both sides have left it within a microsecond or so."""
-
-    def meet() -> None:
-        ends = link.ends(1)
-        if side == 0:
-            ends.send(*ends.send_arguments)
-            ends.recv(*ends.recv_arguments)
-        else:
-            ends.recv(*ends.recv_arguments)
-            ends.send(*ends.send_arguments)
-
-    return meet
 
 
 class _Opener:

@@ -21,7 +21,7 @@ class Pipe:
     def ends(self, num_bytes: int) -> Ends:
         """See `Link`."""
         connection, out, into = self._connection, self._out[:num_bytes], self._into[:num_bytes]
-        return Ends(connection.send_bytes, (out,), connection.recv_bytes_into, (into,))
+        return Ends(connection.send_bytes, (out,), connection.recv_bytes_into, (into,), lambda: out.fill(7))
 
 
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:

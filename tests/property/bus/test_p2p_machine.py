@@ -1,4 +1,4 @@
-"""Any order of isends, commits, receipts, peeks, probes, mistakes and cancels keeps a link a FIFO queue of messages."""
+"""Any order of sends, isends, commits, receipts, peeks, probes, mistakes, cancels keeps a link a FIFO of messages."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from bus.config import XcclConfig
-from bus.errors import EventMismatch
+from bus.errors import EventMismatch, PeerStalled
 from bus.memory.ring import RingLayout
 from bus.xccl.channel import NOW
 from bus.xccl.endpoint import Endpoint, World
 from bus.xccl.handle import SendHandle
 from bus.xccl.p2p import P2p
+from tests.harness.p2p_sides import soon, together
+from tests.harness.reading import can_read_processes
 
 WORLD = World.of(attention=1, expert=1)
 A, B = WORLD.ranks
 SHAPES = st.lists(st.integers(0, 6), max_size=6).map(tuple)
 DTYPES = st.sampled_from(["<f4", "|u1", "<c16", ">i2"])
 EVENTS = st.integers(0, 2**64 - 1)
+READ_BYTES_MIN = 64
 
 
 class P2pMachine(RuleBasedStateMachine):
@@ -50,13 +53,15 @@ class P2pMachine(RuleBasedStateMachine):
         for end in self.ends:
             for other in self.ends:
                 end.learn(other.me, 1, other.segment.name)
-        self.sender, self.receiver = P2p(self.ends[0], pull_bytes_min=64), P2p(self.ends[1])
+        self.sender = P2p(self.ends[0], pull_bytes_min=64, read_bytes_min=READ_BYTES_MIN)
+        self.receiver = P2p(self.ends[1])
         self.receiver.accept(A)
         self.app = self.ends[0].segment.array(self.ends[0].segment.layout.app_offset, (4096,), np.uint8)
         self.app[:] = np.arange(4096) % 253
         self.sent: deque[tuple[int, npt.NDArray[Any]]] = deque()
         self.handles: deque[SendHandle | None] = deque()  # None: committed in place
-        self.count = 0
+        self.count = self.num_withdrawn = 0
+        self.is_read = False  # the receiver has shown that it reads the sender's memory
 
     def teardown(self) -> None:
         if not hasattr(self, "sent"):
@@ -66,7 +71,8 @@ class P2pMachine(RuleBasedStateMachine):
                 self.receive(False)
             assert self.receiver.probe(A) is None
             counters = self.receiver.receiver(A).stats(), self.sender.sender(B).stats()
-            assert counters[0]["num_messages"] == counters[1]["num_messages"] == self.count
+            assert counters[0]["num_messages"] == self.count
+            assert counters[1]["num_messages"] == self.count + self.num_withdrawn
             assert counters[0]["num_chunks"] == counters[1]["num_chunks"]
             self.sender.close()
             self.receiver.close()
@@ -98,6 +104,33 @@ class P2pMachine(RuleBasedStateMachine):
         self.sent.append((event_id, np.full(shape, value, np.uint8)))
         self.handles.append(None)
         self.count += 1
+
+    @precondition(lambda self: not self.sent)
+    @rule(size=st.integers(READ_BYTES_MIN, 100_000), event_id=EVENTS)
+    def send_now(self, size: int, event_id: int) -> None:
+        """By `send`: read in the sender's memory, from 32 KiB on shared, once the receiver has shown that it can."""
+        x = (np.arange(size) + self.count).astype(np.uint8)
+        before = self.receiver.receiver(A).stats()["num_pulled"]
+        got = together(
+            lambda: self.sender.send(x, B, event_id, soon()),
+            lambda: self.receiver.recv(None, A, event_id, soon()),
+        )
+        assert np.array_equal(got, x)
+        is_pulled = self.receiver.receiver(A).stats()["num_pulled"] > before
+        assert is_pulled or not self.is_read or size < READ_BYTES_MIN
+        self.count += 1
+        self.is_read = can_read_processes()
+
+    @precondition(lambda self: not self.sent and self.is_read)
+    @rule(size=st.integers(READ_BYTES_MIN, 100_000), event_id=EVENTS)
+    def withdraw(self, size: int, event_id: int) -> None:
+        """A `send` that nobody takes in time: its array must never arrive, but the next one of that event."""
+        x, channel = np.zeros(size, np.uint8), self.sender.sender(B)
+        tail = channel.tail
+        with pytest.raises(PeerStalled):
+            self.sender.send(x, B, event_id, NOW)
+        self.num_withdrawn += channel.tail - tail
+        self.send_now(size, event_id)
 
     @precondition(lambda self: len(self.sender.sender(B).queue) > 1)
     @rule()
