@@ -9,6 +9,6 @@
 Rules of the comparison. 1. Ways take turns, round after round (A B C A B C ...), so that what else the machine does
 meets them alike; the C limit and our own ways play inside one process pair, block by block. 2. The processes of a way
 live through a section and sleep while it is not their turn. 3. Every way does the same work in the same kernels; only
-the transport differs. 4. Before a shape is timed its result is compared with what it must be. 5. Every peer runs with
-the settings that were best for it here; the file of the peer names them.
+the transport differs. INT8 rows stay INT8 at all experts. 4. Before a shape is timed its result is compared
+with what it must be. 5. Every peer runs with the settings that were best for it here; the file of the peer names them.
 """
