@@ -62,6 +62,9 @@ class PrefillConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     expert_parallel: bool = False  # workers share the experts and step together; false: each has them all
     long_workers: int = 0  # of the workers, the last ones: take long prompts, and no others; 0 = all take all
     long_tokens: int = 8192  # from how many tokens a prompt is long
+    priority: str = (
+        "idle"  # of its workers on the machine: idle (whenever nobody else wants a core), low or normal
+    )
 
 
 class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -62,6 +62,7 @@ _RANGES: dict[str, tuple[int, int]] = {
 }
 _POD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _ROUTE_COSTS = re.compile(r"(?:\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?(?:,(?!$)|$)){6}|")
+PRIORITIES = ("idle", "low", "normal")
 KV_CACHE_DTYPES = ("auto", "int8")
 _GC_MODES = ("managed", "auto")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -90,6 +91,8 @@ def validate(config: PodConfig) -> None:
     _require(
         slice_us == 0 or low <= slice_us <= high, "xccl.slice_us", slice_us, f"must be 0 or {low}..{high}"
     )
+    priority, names = config.prefill.priority, ", ".join(PRIORITIES)
+    _require(priority in PRIORITIES, "prefill.priority", priority, f"must be one of {names}")
     costs = config.xccl.route_costs_ns
     rule = 'must be "" or six numbers, separated by commas, none negative'
     _require(_ROUTE_COSTS.fullmatch(costs) is not None, "xccl.route_costs_ns", costs, rule)

@@ -132,7 +132,9 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which stops children in order
+                # Ctrl-C reaches the launcher alone, which stops children in order. Not a session of its own: Linux
+                # would make that an autogroup, and between those neither nice values nor yields count.
+                process_group=0,
             )
         self._started_ns = now_ns
         self.restart_at_ns = None

@@ -62,7 +62,7 @@ async def prefill_main(config: PodConfig, index: int) -> None:
     num_workers = config.topology.prefill_workers
     if index >= num_workers:
         raise ConfigError(f"--index = {index}: must be below topology.prefill_workers = {num_workers}")
-    yield_to_token_path()
+    yield_to_token_path(config.prefill.priority)
     member = Member(config, "prefill", index)
     member.segment = member.segment_name
     async with member:
@@ -80,15 +80,23 @@ async def prefill_main(config: PodConfig, index: int) -> None:
             segment.unlink()
 
 
-def yield_to_token_path() -> None:
+def yield_to_token_path(priority: str) -> None:
     """Have the scheduler of the machine prefer the processes that every token waits for.
 
-    Each process of the pod has a session of its own, hence an autogroup of its own where the kernel has these:
-    there it is the group's niceness that counts between processes.
+    `idle` leaves a core the moment that anybody else wants it, and counts as idle when the kernel looks for a core for
+    somebody who wakes up; `low` keeps a small share; `normal` is one among equals.
+
+    These count within a session; where this process leads one (a container's), its autogroup's niceness is what counts.
     """
-    os.nice(NICE)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICE))
+    if priority == "normal":
+        return
+    if priority == "idle":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(NICE)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICE))
 
 
 def load_models(
@@ -192,8 +200,13 @@ async def serve(
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop.on_failure = thread_failure(failed)
     hang_ns = config.heartbeat.hang_timeout_ms * NS_PER_MS // 2
-    # A wait for other workers has a deadline of its own.
-    member.vouch = lambda: experts.is_waiting or now_ns() - segment.heartbeat_ns() < hang_ns
+
+    def vouch() -> bool:
+        # A wait for other workers has a deadline of its own. At idle priority a step may wait long for a core.
+        is_silent = now_ns() - segment.heartbeat_ns() >= hang_ns
+        return not is_silent or experts.is_waiting or loop.waits_for_core()
+
+    member.vouch = vouch
     member.counters = lambda: {**executor.counters_now(), **offers.counters()}
     garbage.take_over()
     loop.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
@@ -61,7 +62,7 @@ class HotLoop:
         self._followed = 0  # incarnation of the scheduler that the socket belongs to
         self._greeted = False
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="attention-hot-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hot-loop", daemon=True)
         self._log = structlog.get_logger()
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         executor.experts.wanted = self._wanted
@@ -69,6 +70,16 @@ class HotLoop:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def waits_for_core(self) -> bool:
+        """Tell whether the thread could go on if the machine let it: silence is no hang then."""
+        if self._thread.native_id is None:
+            return False
+        try:
+            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text()
+        except OSError:
+            return False  # it has ended
+        return stat.rpartition(")")[2].split()[0] == "R"
 
     def stop(self, timeout_s: float) -> None:
         """Ask the thread to end and wait for it."""
