@@ -37,6 +37,7 @@ INSTRUCTIONS = {
     "fetch_sub SEQ_CST": r"ldaddal",
     "compare_exchange SEQ_CST": r"casal",
     "compare_exchange ACQ_REL": r"casal",
+    "thread_fence SEQ_CST": r"dmb\s+ish\b",
     "thread_fence RELEASE": r"dmb\s+ish\b",
     "thread_fence ACQUIRE": r"dmb\s+ish(ld)?\b",
 }
