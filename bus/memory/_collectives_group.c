@@ -341,15 +341,16 @@ sleep_for(uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t until)
     struct timespec at = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
     __atomic_store_n(&bell[BELL_WAKE_AT], seen + (uint32_t)awaited, __ATOMIC_SEQ_CST);
     __atomic_store_n(&bell[BELL_PATIENT], 1, __ATOMIC_SEQ_CST);
-    uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
     int error = 0;
-    while ((Py_ssize_t)(seq - seen) < awaited) {
+    while (!error) {
+        uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+        if ((Py_ssize_t)(seq - seen) >= awaited) {
+            break;
+        }
         if (syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seq, &at, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
             errno != EAGAIN) {
             error = errno;
-            break;
         }
-        seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
     }
     __atomic_store_n(&bell[BELL_PATIENT], 0, __ATOMIC_SEQ_CST);
     return error == EINTR;
