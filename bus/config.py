@@ -72,6 +72,7 @@ class KvConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     block_tokens: int = 16  # tokens of one KV block
     cache_tokens: int = 16384  # KV cache of one DP group, in tokens
+    host_tokens: int = 0  # evicted KV that a file in runtime_dir keeps, per DP group, in tokens; 0 = none
 
 
 class AttentionConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "prefill.long_tokens": (1, 10_000_000),
     "kv.block_tokens": (1, 1024),
     "kv.cache_tokens": (1, 100_000_000),
+    "kv.host_tokens": (0, 1_000_000_000),
     "xccl.spin_us": (0, 10_000),
     "xccl.poll_interval_ms": (1, 1_000),
     "xccl.stall_timeout_ms": _MS,
@@ -110,7 +111,7 @@ def _validate_relations(config: PodConfig) -> None:
     kv, beat, launcher, scheduler = config.kv, config.heartbeat, config.launcher, config.scheduler
     power_of_two = kv.block_tokens & (kv.block_tokens - 1) == 0
     _require(power_of_two, "kv.block_tokens", kv.block_tokens, "must be a power of two")
-    for name in ("kv.cache_tokens", "prefill.cache_tokens"):
+    for name in ("kv.cache_tokens", "kv.host_tokens", "prefill.cache_tokens"):
         cache_tokens = cast("int", _value(config, name))
         rule = f"must be a multiple of kv.block_tokens = {kv.block_tokens}"
         _require(cache_tokens % kv.block_tokens == 0, name, cache_tokens, rule)

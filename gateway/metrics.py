@@ -192,6 +192,8 @@ class _PodCollector(prometheus.CollectorRegistry):
         for name, text in (
             ("prefix_cache_queries", "Tokens of requests that were looked up in the prefix cache."),
             ("prefix_cache_hits", "Tokens of requests that were found in the prefix cache."),
+            ("external_prefix_cache_queries", "Tokens of requests that were looked up in the host tier."),
+            ("external_prefix_cache_hits", "Tokens of requests that were found in the host tier."),
         ):
             family = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
             for member in self._pod_map.members:

@@ -28,7 +28,7 @@ class PlacementSettings:
     prefix_percent_min: int = 10  # of the prompt; a shorter prefix decides nothing
     max_num_seqs: int = 32  # requests that a group runs at once
     block_tokens: int = 16
-    cache_tokens: int = 16384  # KV cache of one group; 0 = groups reuse no prefixes
+    cache_tokens: int = 16384  # that one group keeps KV of; 0 = groups reuse no prefixes
     first_long_group: int = 1 << 31  # this group and those after it are for long requests
     long_tokens: int = 1 << 62  # so many prompt tokens + max_tokens make a request long
 

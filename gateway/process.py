@@ -185,6 +185,7 @@ def placement_settings(config: PodConfig) -> PlacementSettings:
     """Return what placing needs to know."""
     gateway, topology = config.gateway, config.topology
     is_split = topology.long_dp_groups > 0
+    kept_tokens = config.kv.cache_tokens + config.kv.host_tokens
     return PlacementSettings(
         policy=gateway.policy,
         output_reserve_tokens=gateway.output_reserve_tokens,
@@ -192,7 +193,7 @@ def placement_settings(config: PodConfig) -> PlacementSettings:
         prefix_percent_min=gateway.prefix_percent_min,
         max_num_seqs=config.scheduler.max_num_seqs,
         block_tokens=config.kv.block_tokens,
-        cache_tokens=config.kv.cache_tokens if config.scheduler.enable_prefix_caching else 0,
+        cache_tokens=kept_tokens if config.scheduler.enable_prefix_caching else 0,
         first_long_group=topology.dp_groups - topology.long_dp_groups,
         long_tokens=gateway.long_tokens if is_split else sys.maxsize,
     )

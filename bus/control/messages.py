@@ -257,6 +257,9 @@ class ExecutorReady(Message, frozen=True, kw_only=True):
     block_tokens: int
     max_model_len: int
     vocab_size: int
+    num_host_blocks: int = 0  # blocks that its host file holds besides; 0 = it has none
+    host_bytes_per_s: int = 0  # measured, reading that file
+    block_bytes: int = 0
 
 
 DRAWN_BEFORE = (
@@ -290,11 +293,17 @@ class PlannedSequence(
 
 
 class StepPlan(Message, frozen=True, kw_only=True):
-    """Scheduler -> attention worker. `step_id` grows by one; a plan of an older scheduler incarnation is ignored."""
+    """Scheduler -> attention worker. `step_id` grows by one; a plan of an older scheduler incarnation is ignored.
+
+    Whole blocks are moved before anything is computed: all stores, then all loads, then all copies, each in order.
+    """
 
     step_id: int
     scheduler_incarnation: int
     sequences: tuple[PlannedSequence, ...]
+    stores: tuple[tuple[int, int], ...] = ()  # (block, slot of the host file)
+    loads: tuple[tuple[int, int], ...] = ()  # (slot of the host file, block)
+    copies: tuple[tuple[int, int], ...] = ()  # (from block, to block)
 
 
 class KvTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -39,10 +39,12 @@ from services.attention.experts import RemoteExperts
 from services.balance.placement import ExpertMap
 from services.model.attention_model import AttentionModel
 from services.model.config import ModelConfig, load_config
+from services.model.kv_cache import KvCache
 from services.model.numerics import check_row_independence
 from services.model.sampler import Sampler
 from services.pod import a2e_shape, create_segment, thread_failure
 from services.steps.executor import StepExecutor
+from services.steps.host_file import HostFile
 from services.steps.hot_loop import HotLoop
 from services.steps.transfers import KvFetches
 
@@ -102,23 +104,26 @@ async def serve(
 ) -> None:
     """Run the hot loop until cancelled; raises what ended it."""
     prioritise(config.xccl.slice_us, config.xccl.nice)
+    kv = model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens)
+    host = open_host_file(config, member.index, kv)
     table = AddressTable()
     side = RoutedAttention(segment, a2e_shape(config, model.config), member.index, table, config=config.xccl)
     experts = remote_experts(config, member, segment, side, table, model.config)
     executor = StepExecutor(
         model,
-        model.allocate_kv(segment.app, num_blocks, config.kv.block_tokens),
+        kv,
         experts,
         Sampler(settings.model_path(config), model.config.vocab_size),
         rows_max=config.scheduler.max_num_batched_tokens,
         incarnation=member.incarnation,
+        host=host,
     )
     fetches = kv_fetches(config, member, segment, model, num_blocks)
     garbage = ManagedGc(config.runtime.gc)
     loop = HotLoop(
         executor,
         segment,
-        greeting(config, member, model.config, num_blocks),
+        greeting(config, member, model.config, kv, host),
         identity=member.identity,
         scheduler=lambda: member.lookup("scheduler", member.index),
         transfers=fetches,
@@ -138,6 +143,8 @@ async def serve(
         loop.stop(STOP_TIMEOUT_S)
         side.close()
         table.close()
+        if host is not None:
+            host.close()
 
 
 def kv_fetches(
@@ -184,15 +191,28 @@ def remote_experts(
     return experts
 
 
-def greeting(config: PodConfig, member: Member, model: ModelConfig, num_blocks: int) -> ExecutorReady:
+def open_host_file(config: PodConfig, index: int, kv: KvCache) -> HostFile | None:
+    """Return the file that keeps evicted blocks, None where there is to be none. Raises ResourceError."""
+    if config.kv.host_tokens == 0:
+        return None
+    path = settings.runtime_dir(config) / f"attention-{index}.kv"
+    return HostFile(path, num_slots=config.kv.host_tokens // kv.block_tokens, block_bytes=kv.array[0].nbytes)
+
+
+def greeting(
+    config: PodConfig, member: Member, model: ModelConfig, kv: KvCache, host: HostFile | None
+) -> ExecutorReady:
     """Return what the scheduler needs to know of this worker."""
     return ExecutorReady(
         index=member.index,
         incarnation=member.incarnation,
-        num_blocks=num_blocks,
-        block_tokens=config.kv.block_tokens,
+        num_blocks=kv.num_blocks,
+        block_tokens=kv.block_tokens,
         max_model_len=config.scheduler.max_model_len or model.max_position_embeddings,
         vocab_size=model.vocab_size,
+        num_host_blocks=host.num_slots if host is not None else 0,
+        host_bytes_per_s=host.bytes_per_s() if host is not None else 0,
+        block_bytes=kv.array[0].nbytes,
     )
 
 

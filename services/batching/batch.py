@@ -18,6 +18,11 @@ token always is, because its logits are needed. If a request of the same step is
 block that the next in line lacks, that one waits for it instead of computing the same again. A request that
 wants the log-probabilities of its prompt needs every row of it, so it takes over nothing.
 
+Where the cached blocks end, blocks of the host tier follow if there is one: they are read back before the step, when
+that is sooner done than computing them. And where these end, the tokens may go on as those of a running request
+do, in a block that is not full, or not the same to its end: that block is copied before the step, and the request is
+computed from where the two part. So the choices of one prompt compute its last, partial block once.
+
 Blocks of a request that ends while a step is under way retire: the executor may still write them, so they are
 free only when the step is over, and the one that was sent ahead of it if there is one.
 """
@@ -28,11 +33,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from bus.block_hash import BlockHash, root_hash
 from bus.control.messages import DRAWN_BEFORE, PlannedSequence
 from services.batching.request import Request, RequestStatus
 from services.cache.blocks import BlockPool
+from services.cache.tier_cost import TierCost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +94,28 @@ class ScheduledRequest:
         )
 
 
+class Moves(NamedTuple):
+    """Whole blocks to move before a step, in this order; see `StepPlan`."""
+
+    stores: tuple[tuple[int, int], ...]
+    loads: tuple[tuple[int, int], ...]
+    copies: tuple[tuple[int, int], ...]
+
+
+class Prefix(NamedTuple):
+    """What an admitted request need not compute: shared blocks, slots to load, and part of a block to copy."""
+
+    block_ids: list[int]
+    slots: list[int]
+    open_block: int = -1  # of a running request
+    num_open_tokens: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks."""
+        return len(self.block_ids) + len(self.slots)
+
+
 class Batcher:
     """The waiting queue, the running list and the blocks of one DP group. One step at a time."""
 
@@ -104,14 +133,21 @@ class Batcher:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens of requests that were looked up when first admitted
         self.prefix_cache_hits = 0  # those of them that were found
+        self.host_cache_queries = 0  # tokens that were looked for in the host tier
+        self.host_cache_hits = 0  # those of them that were found
+        self.num_copied_tokens = 0  # taken over from running requests' open blocks
+        self.cost: TierCost | None = None
+        self._loads: list[tuple[int, int]] = []
+        self._copies: list[tuple[int, int]] = []
         self._enable_prefix_caching = enable_prefix_caching
         self._kv_identity = kv_identity
         self._root = b""
 
-    def attach(self, pool: BlockPool) -> None:
-        """Begin with an executor's empty blocks."""
+    def attach(self, pool: BlockPool, cost: TierCost | None = None) -> None:
+        """Begin with an executor's empty blocks. `cost` decides about the pool's host tier."""
         assert self.pool is None and not self.running and not self.num_retiring
         self.pool = pool
+        self.cost = cost
         self._root = root_hash(self._kv_identity, pool.block_tokens)
         for request in self.waiting:
             request.block_hashes = []  # they may have been made for another block size
@@ -124,6 +160,7 @@ class Batcher:
         while self.running:
             self._preempt(self.running.pop())
         self.pool = None
+        self.cost = None
 
     def enqueue(self, request: Request) -> None:
         """Put a new request at the end of the queue."""
@@ -170,15 +207,20 @@ class Batcher:
     def num_cached_tokens(self, request: Request) -> int:
         """Return how many of its tokens need not be computed here."""
         assert self.pool is not None
-        return len(self._cached_prefix(self.pool, request)) * self.pool.block_tokens
+        cached_ids = self._cached_prefix(self.pool, request)
+        slots = self._host_prefix(self.pool, request, len(cached_ids))
+        return (len(cached_ids) + len(slots)) * self.pool.block_tokens
 
-    def count_lookup(self, request: Request, num_cached_tokens: int) -> None:
-        """Note, the first time, how many of its tokens were found cached."""
+    def count_lookup(self, request: Request, num_cached_tokens: int, num_host_tokens: int = 0) -> None:
+        """Note, the first time, how many of its tokens were found cached, and how many more in the host tier."""
         if not self._enable_prefix_caching or request.wants_prompt_logprobs or request.num_cached_tokens >= 0:
             return
-        request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
+        request.num_cached_tokens = min(num_cached_tokens + num_host_tokens, request.num_prompt_tokens)
         self.prefix_cache_queries += request.num_tokens
         self.prefix_cache_hits += num_cached_tokens
+        if self.pool is not None and self.pool.host is not None:
+            self.host_cache_queries += request.num_tokens - num_cached_tokens
+            self.host_cache_hits += num_host_tokens
 
     def publish(self, request: Request) -> None:
         """Name the blocks of a running request that have become full; no step may be under way."""
@@ -221,7 +263,7 @@ class Batcher:
 
         From counts alone: whoever draws a token in `step` computes it in the next, unless that one is its last. A
         token may turn out to have stopped its request; then what is computed after it is in vain. Empty whenever there
-        is more to decide: somebody has not caught up, could be admitted, or would have to be preempted.
+        is more to decide: somebody has not caught up, could be admitted, or would have to be preempted; or a block, to be stored.
         """
         pool = self.pool
         has_seats = len(self.running) + self.num_arriving < self.max_num_seqs
@@ -234,9 +276,22 @@ class Batcher:
         num_missing = [max(0, pool.blocks_for(r.num_tokens + 1) - len(r.block_ids)) for r in going_on]
         if len(going_on) > self.max_num_batched_tokens or not pool.can_allocate(sum(num_missing)):
             return []
+        if pool.host is not None and sum(num_missing) > pool.num_free - pool.num_cached:
+            return []  # what would be evicted is to be stored, and a step that proves needless is not executed
         for request, count in zip(going_on, num_missing, strict=True):
             request.block_ids += pool.allocate(count)
         return [ScheduledRequest(request, 1, sample=True, is_ahead=True) for request in going_on]
+
+    def take_moves(self) -> Moves:
+        """Return what must be moved before the step that `schedule` has just chosen, once."""
+        pool = self.pool
+        if pool is None:
+            return Moves((), (), ())
+        moves = Moves(tuple(pool.stores), tuple(self._loads), tuple(self._copies))
+        pool.stores, self._loads, self._copies = [], [], []
+        if pool.host is not None:
+            pool.host.unpin()
+        return moves
 
     def _schedule_running(self, pool: BlockPool) -> list[ScheduledRequest]:
         step: list[ScheduledRequest] = []
@@ -262,28 +317,30 @@ class Batcher:
             self._preempt(victim)
             if victim is request:
                 return False
-        request.block_ids += pool.allocate(max(0, num_missing))
+        request.block_ids += self._allocate(pool, max(0, num_missing))
         return True
+
+    def _allocate(self, pool: BlockPool, num_blocks: int) -> list[int]:
+        """Take blocks for the plan that is being made; what must go for them may be kept in the host tier."""
+        return pool.allocate(num_blocks, stores=self.cost is not None and self.cost.reading_pays)
 
     def _admit_waiting(self, pool: BlockPool, step: list[ScheduledRequest]) -> None:
         budget = self.max_num_batched_tokens - sum(scheduled.num_tokens for scheduled in step)
         while self.waiting and budget > 0 and len(self.running) + self.num_arriving < self.max_num_seqs:
             request = self.waiting[0]
             cached_ids = self._cached_prefix(pool, request)
-            if self._is_coming(pool, request, len(cached_ids), step):
+            slots = self._host_prefix(pool, request, len(cached_ids))
+            if self._is_coming(pool, request, len(cached_ids) + len(slots), step):
                 return
             # Room for all of it, not just for the first chunk: otherwise a long prompt would be let in only
             # to be preempted half-way, again and again.
             if not pool.can_allocate(pool.blocks_for(request.num_tokens) - len(cached_ids), cached_ids):
                 return
             self.waiting.popleft()
+            prefix = self._with_open_block(pool, request, Prefix(cached_ids, slots))
             request.move_to(RequestStatus.RUNNING)
             self.running.append(request)
-            self._reuse(pool, request, cached_ids)
-            num_computed_tokens = request.num_computed_tokens
-            num_tokens = min(request.num_tokens - num_computed_tokens, budget)
-            num_blocks = pool.blocks_for(num_computed_tokens + num_tokens)
-            request.block_ids += pool.allocate(num_blocks - len(cached_ids))
+            num_tokens = self._take_over(pool, request, prefix, budget)
             step.append(_scheduled(request, num_tokens))
             budget -= num_tokens
 
@@ -308,13 +365,65 @@ class Batcher:
                 return True
         return False
 
+    def _host_prefix(self, pool: BlockPool, request: Request, num_cached: int) -> list[int]:
+        """Return the slots of the host tier that hold what follows the first `num_cached` blocks, if reading pays."""
+        if pool.host is None or self.cost is None or not self.cost.reading_pays:
+            return []
+        return pool.host.match(self._reusable_hashes(pool, request)[num_cached:])
+
+    def _with_open_block(self, pool: BlockPool, request: Request, prefix: Prefix) -> Prefix:
+        """Add the running request's block that agrees the furthest with what `request` lacks first."""
+        if not self._enable_prefix_caching or request.wants_prompt_logprobs:
+            return prefix
+        index = prefix.num_blocks
+        start = index * pool.block_tokens
+        wanted = request.token_ids[start : min(start + pool.block_tokens, request.num_tokens) - 1]
+        for one in self.running:
+            if one.num_computed_tokens <= start or not _begin_alike(one, request, index):
+                continue
+            known = one.token_ids[start : min(start + len(wanted), one.num_computed_tokens)]
+            num_equal = _num_equal(wanted, known)
+            if num_equal > prefix.num_open_tokens:
+                prefix = prefix._replace(open_block=one.block_ids[index], num_open_tokens=num_equal)
+        return prefix
+
+    def _take_over(self, pool: BlockPool, request: Request, prefix: Prefix, budget: int) -> int:
+        """Give an admitted request its blocks; return how many tokens the step computes behind `prefix`."""
+        num_here = len(prefix.block_ids) * pool.block_tokens + prefix.num_open_tokens
+        self.count_lookup(request, num_here, len(prefix.slots) * pool.block_tokens)
+        self._reuse(pool, request, prefix.block_ids)
+        self._load(pool, request, prefix.slots)
+        request.num_computed_tokens += prefix.num_open_tokens
+        self.num_copied_tokens += prefix.num_open_tokens
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+        num_blocks = pool.blocks_for(request.num_computed_tokens + num_tokens)
+        request.block_ids += self._allocate(pool, num_blocks - prefix.num_blocks)
+        if prefix.num_open_tokens:
+            self._copies.append((prefix.open_block, request.block_ids[prefix.num_blocks]))
+        return num_tokens
+
+    def _load(self, pool: BlockPool, request: Request, slots: list[int]) -> None:
+        """Have blocks of the host tier read before the step. They count as cached at once: nobody reads them sooner."""
+        host = pool.host
+        if host is None or not slots:
+            return
+        first = len(request.block_ids)
+        hashes = request.block_hashes
+        host.pin(hashes[first : first + len(slots)])
+        block_ids = self._allocate(pool, len(slots))
+        self._loads += zip(slots, block_ids, strict=True)
+        for index, block_id in enumerate(block_ids, first):
+            request.block_ids.append(
+                pool.publish(block_id, hashes[index], hashes[index - 1] if index else None)
+            )
+        request.num_published_blocks = len(request.block_ids)
+        request.num_computed_tokens = len(request.block_ids) * pool.block_tokens
+
     def _reuse(self, pool: BlockPool, request: Request, cached_ids: list[int]) -> None:
         pool.share(cached_ids)
-        num_tokens = len(cached_ids) * pool.block_tokens
         request.block_ids = cached_ids.copy()
-        request.num_computed_tokens = num_tokens
+        request.num_computed_tokens = len(cached_ids) * pool.block_tokens
         request.num_published_blocks = len(cached_ids)
-        self.count_lookup(request, num_tokens)
 
     def _preempt(self, request: Request) -> None:
         self.free(request.block_ids)
@@ -361,6 +470,22 @@ class Batcher:
         assert pool.match(request.block_hashes[:num_full]) == request.block_ids[:num_full], request
         for block_id in request.block_ids[num_full:]:
             assert not pool.is_published(block_id), f"block {block_id} is written and shared"
+
+
+def _begin_alike(one: Request, other: Request, num_blocks: int) -> bool:
+    """Tell whether the first `num_blocks` blocks of both hold the same. The hash of the last says it all."""
+    if num_blocks == 0:
+        return True
+    return one.num_published_blocks >= num_blocks and (
+        one.block_hashes[num_blocks - 1] == other.block_hashes[num_blocks - 1]
+    )
+
+
+def _num_equal(some: list[int], others: list[int]) -> int:
+    for index, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return index
+    return min(len(some), len(others))
 
 
 def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:

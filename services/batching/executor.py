@@ -23,6 +23,7 @@ class OutstandingStep:
     step_id: int
     deadline_ns: int
     scheduled: list[ScheduledRequest]
+    moves_tiers: bool = False  # it stores or loads blocks that count as being there already
 
 
 class Executor:

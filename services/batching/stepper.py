@@ -12,6 +12,8 @@ from bus.control.messages import ExecutorReady, StepCompleted, StepFailed, StepP
 from services.batching.batch import Batcher, ScheduledRequest
 from services.batching.executor import Executor, OutstandingStep
 from services.cache.blocks import BlockPool
+from services.cache.host_tier import HostTier
+from services.cache.tier_cost import TierCost
 
 NUMBERS_PER_INCARNATION = 1 << 20
 
@@ -47,7 +49,15 @@ class Stepper:
     def connect(self, ready: ExecutorReady) -> None:
         """Begin a session with empty blocks; nobody may be connected."""
         self.executor.connect(ready)
-        self._batch.attach(BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens))
+        host = HostTier(ready.num_host_blocks) if ready.num_host_blocks > 0 else None
+        pool = BlockPool(num_blocks=ready.num_blocks, block_tokens=ready.block_tokens, host=host)
+        cost = TierCost(
+            block_tokens=ready.block_tokens,
+            block_bytes=ready.block_bytes,
+            bytes_per_s=ready.host_bytes_per_s,
+            step_tokens=self._batch.max_num_batched_tokens,
+        )
+        self._batch.attach(pool, cost)
 
     def disconnect(self, *, may_return: bool, now_ns: int) -> list[ScheduledRequest]:
         """End the session: all who ran wait again. Return what the step under way was to compute."""
@@ -70,7 +80,12 @@ class Stepper:
     def begin_step(self, scheduled: list[ScheduledRequest], now_ns: int) -> StepPlan:
         """Return the plan of a step that computes what the batch has scheduled, nothing perhaps."""
         plan = self._plan(scheduled)
-        self.executor.step = OutstandingStep(plan.step_id, now_ns + self._step_timeout_ns, scheduled)
+        self.executor.step = OutstandingStep(
+            plan.step_id,
+            now_ns + self._step_timeout_ns,
+            scheduled,
+            moves_tiers=bool(plan.stores or plan.loads),
+        )
         return plan
 
     def start_ahead(self, now_ns: int) -> StepPlan | None:
@@ -90,10 +105,14 @@ class Stepper:
         return plan
 
     def _plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
+        moves = self._batch.take_moves()
         plan = StepPlan(
             step_id=self._next_step_id,
             scheduler_incarnation=self._incarnation,
             sequences=tuple(one.planned() for one in scheduled),
+            stores=moves.stores,
+            loads=moves.loads,
+            copies=moves.copies,
         )
         self._next_step_id += 1
         self.num_scheduled_tokens += sum(one.num_tokens for one in scheduled)
@@ -105,6 +124,9 @@ class Stepper:
         if step is None:
             return None
         self._batch.release_retired(step_follows=self.executor.step is not None)
+        if isinstance(result, StepCompleted) and self._batch.cost is not None:
+            num_tokens = sum(one.num_tokens for one in step.scheduled)
+            self._batch.cost.observe(num_tokens, result.duration_us)
         return step.scheduled
 
     def is_overdue(self, now_ns: int) -> bool:

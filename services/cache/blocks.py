@@ -17,8 +17,10 @@ Eviction takes the block that has been unreferenced the longest; blocks let go a
 that is the deepest, first. Whoever refers to a block refers to all before it, so a predecessor is never let
 go, and never evicted, before its successors: that is the third law.
 
-There is no copy-on-write. Only full blocks are named, only named blocks are shared, and a full block is never
-written again; the block that a request writes is its own.
+Only full blocks are named, only named blocks are shared, and a full block is never written again; the block that a
+request writes is its own. Whoever wants to go on from another's open block copies it (`services/batching`).
+
+With a host tier (`host_tier.py`), a block that is evicted while a plan is made may be stored first; `stores` says so.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from bus.block_hash import BlockHash
+from services.cache.host_tier import HostTier
 
 
 class BlockPool:
@@ -35,13 +38,15 @@ class BlockPool:
     Not thread-safe. What raises has changed nothing.
     """
 
-    def __init__(self, *, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, *, num_blocks: int, block_tokens: int, host: HostTier | None = None) -> None:
         if num_blocks < 1 or block_tokens < 1:
             raise ValueError(
                 f"num_blocks {num_blocks} and block_tokens {block_tokens}: both must be at least 1"
             )
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
+        self.host = host
+        self.stores: list[tuple[int, int]] = []  # (block, slot), since the plan was begun
         # A stack: the block freed last is handed out first, while it is still warm in the processor's caches.
         self._free_ids = list(range(num_blocks - 1, -1, -1))
         self._cached_ids: dict[int, None] = {}  # in order of eviction
@@ -74,8 +79,11 @@ class BlockPool:
         num_revived = sum(block_id in self._cached_ids for block_id in shared)
         return num_blocks <= self.num_free - num_revived
 
-    def allocate(self, num_blocks: int) -> list[int]:
+    def allocate(self, num_blocks: int, *, stores: bool = False) -> list[int]:
         """Take `num_blocks` blocks, evicting cached ones when no others are left.
+
+        `stores` = what is evicted may go to the host tier; only while a plan is made, and nobody writes the blocks
+        before that plan is executed.
 
         Returns:
             Their ids, all different; the caller is the only one who refers to them, until `free`.
@@ -85,7 +93,9 @@ class BlockPool:
         """
         if not 0 <= num_blocks <= self.num_free:
             raise ValueError(f"num_blocks {num_blocks} must be between 0 and the {self.num_free} free blocks")
-        block_ids = [self._free_ids.pop() if self._free_ids else self._evict() for _ in range(num_blocks)]
+        block_ids = [
+            self._free_ids.pop() if self._free_ids else self._evict(stores=stores) for _ in range(num_blocks)
+        ]
         for block_id in block_ids:
             self._num_references[block_id] = 1
         return block_ids
@@ -167,11 +177,15 @@ class BlockPool:
         """Tell whether the block has a name."""
         return block_id in self._id_to_hash
 
-    def _evict(self) -> int:
+    def _evict(self, *, stores: bool) -> int:
         block_id = next(iter(self._cached_ids))
+        block_hash = self._id_to_hash.pop(block_id)
         del self._cached_ids[block_id]
-        del self._hash_to_id[self._id_to_hash.pop(block_id)]
+        del self._hash_to_id[block_hash]
         del self._id_to_parent[block_id]
+        slot = self.host.store(block_hash) if stores and self.host is not None else None
+        if slot is not None:
+            self.stores.append((block_id, slot))
         return block_id
 
     # ---------------------------------------------------------------- checks
@@ -193,6 +207,8 @@ class BlockPool:
         )
         assert {h: i for i, h in self._id_to_hash.items()} == self._hash_to_id, "the indexes disagree"
         assert self._id_to_parent.keys() == named
+        if self.host is not None:
+            self.host.check_invariants()
         for block_id, parent in self._id_to_parent.items():
             assert parent is None or parent in self._hash_to_id, f"block {block_id} outlived its predecessor"
 

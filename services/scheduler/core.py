@@ -127,6 +127,10 @@ class SchedulerCore:
             "num_cached_blocks": pool.num_cached if pool else 0,
             "prefix_cache_queries": self.batch.prefix_cache_queries,
             "prefix_cache_hits": self.batch.prefix_cache_hits,
+            "external_prefix_cache_queries": self.batch.host_cache_queries,
+            "external_prefix_cache_hits": self.batch.host_cache_hits,
+            "num_copied_tokens": self.batch.num_copied_tokens,
+            "num_host_blocks": pool.host.num_used if pool and pool.host else 0,
             "num_preemptions": self.batch.num_preemptions,
             "num_scheduled_tokens": self._stepper.num_scheduled_tokens,
             "num_steps_ahead": self._stepper.num_steps_ahead,
@@ -446,8 +450,14 @@ class SchedulerCore:
             self.counters.num_finished_requests += 1
 
     def _fail_step(self, result: StepFailed, now_ns: int) -> None:
+        step = self.executor.step
         for scheduled in self._take_step(result, now_ns):
             self._fail(scheduled.request, result.code, result.message, retryable=True)
+        if step is not None and self.executor.step is not step and step.moves_tiers:
+            # Blocks count as cached or stored that perhaps were never moved: begin anew with an empty cache.
+            self._lose(result.incarnation, dead=False, is_suspicious=False, now_ns=now_ns)
+            if self.executor.stalled is not None:
+                self._connect(self.executor.stalled, now_ns)
 
     # ---------------------------------------------------------------- checks
 

@@ -67,6 +67,7 @@ class PrefillBatcher(Batcher):
             self.waiting.remove(request)
             request.move_to(RequestStatus.RUNNING)
             self.running.append(request)
+            self.count_lookup(request, len(cached_ids) * pool.block_tokens)
             self._reuse(pool, request, cached_ids)
             request.block_ids += pool.allocate(num_missing)
 

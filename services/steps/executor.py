@@ -1,9 +1,9 @@
 """Runs one step plan: layers, exchanges with the experts, sampling. Called by the hot loop alone.
 
-Life of a step: lay the plan out as rows; embed; per layer run attention here and, at a mixture-of-experts layer, hand
-the normed rows to the experts, wherever they are, and add every pair's result in top-k order; take the logits of the
-rows that need them; sample. KV is written at fixed positions, so repeating a step, or a layer's exchange, is
-harmless.
+Life of a step: move whole blocks as the plan says; lay the plan out as rows; embed; per layer run attention here and,
+at a mixture-of-experts layer, hand the normed rows to the experts, wherever they are, and add every pair's result in
+top-k order; take the logits of the rows that need them; sample. KV is written at fixed positions, so repeating a step,
+or a layer's exchange, is harmless.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from services.model.grammar import GrammarError
 from services.model.kv_cache import KvCache
 from services.model.sampler import Sampler
 from services.steps.drawn import with_drawn
+from services.steps.host_file import HostFile
 from services.steps.offers import Offers
 from services.steps.rows import StepRows, check_plan, lay_out
 from services.steps.slices import attend
@@ -74,6 +75,9 @@ class ExecutorCounters:
     steps: int = 0
     computed_tokens: int = 0
     sampled_tokens: int = 0
+    copied_blocks: int = 0
+    stored_blocks: int = 0  # in the host file
+    loaded_blocks: int = 0  # from there
 
 
 class StepExecutor:
@@ -86,6 +90,7 @@ class StepExecutor:
         has_common_steps: several executors share the experts, and run steps of the same numbers; one without rows
             takes part in the exchanges.
         beat: called now and then in a step of many rows.
+        host: where evicted blocks are kept; None = plans that store or load are refused.
     """
 
     def __init__(
@@ -100,9 +105,11 @@ class StepExecutor:
         offers: Offers | None = None,
         has_common_steps: bool = False,
         beat: Callable[[], None] = lambda: None,
+        host: HostFile | None = None,
     ):
         self.experts = experts
         self.offers = offers
+        self._host = host
         self._model, self._kv, self._sampler = model, kv, sampler
         self._rows_max, self._has_common_steps, self._beat = rows_max, has_common_steps, beat
         # No two incarnations begin alike, so that no event id of a predecessor is ever met again.
@@ -130,6 +137,7 @@ class StepExecutor:
             ValueError: the plan is out of bounds; nothing was computed.
             NothingDrawn: it lacks the step before; nothing was computed.
             StepAbandoned, ExpertsAway: see there; KV of the planned positions may be partly written.
+            OSError: of the host file; nothing in the KV cache can be relied on.
         """
         started = time.monotonic_ns()
         if self._has_common_steps and not plan.sequences:
@@ -143,12 +151,14 @@ class StepExecutor:
             num_blocks=self._kv.num_blocks,
             block_tokens=self._kv.block_tokens,
             vocab_size=self._model.config.vocab_size,
+            num_slots=self._host.num_slots if self._host is not None else 0,
         )
         if self.offers is None and any(sequence.offer_kv for sequence in plan.sequences):
             raise ValueError(f"step {plan.step_id}: offer_kv is for prefill workers")
         rows = lay_out(plan)
         if self.offers is not None:
             self.offers.withdraw_written(plan.sequences, self._kv.block_tokens)
+        self._move_blocks(plan)
         self._step_seq = plan.step_id if self._has_common_steps else self._step_seq + 1
         num_retries = self.experts.num_retries
         logits = self._forward(rows)
@@ -167,6 +177,20 @@ class StepExecutor:
             duration_us=duration_us,
             attempts=1 + self.experts.num_retries - num_retries,
         )
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        """Stores, loads, copies, each in order: a block may be stored and then filled anew by one plan."""
+        blocks, counters = self._kv.array, self.counters
+        if self._host is not None:
+            for block_id, slot in plan.stores:
+                self._host.store(slot, blocks[block_id])
+            for slot, block_id in plan.loads:
+                self._host.load(slot, blocks[block_id])
+        for source_id, block_id in plan.copies:
+            blocks[block_id] = blocks[source_id]
+        counters.stored_blocks += len(plan.stores)
+        counters.loaded_blocks += len(plan.loads)
+        counters.copied_blocks += len(plan.copies)
 
     def _take_part(self, step_id: int, incarnation: int) -> StepCompleted:
         """Run a step without rows: nothing but the exchanges."""

@@ -70,8 +70,14 @@ def _logit_rows(sequences: Sequence[PlannedSequence], counts: Sequence[int]) -> 
     return np.asarray(rows, np.int64)
 
 
-def check_plan(plan: StepPlan, *, rows_max: int, num_blocks: int, block_tokens: int, vocab_size: int) -> None:
-    """Raise ValueError, naming request, field, value and rule, if `plan` would read or write out of bounds."""
+def check_plan(
+    plan: StepPlan, *, rows_max: int, num_blocks: int, block_tokens: int, vocab_size: int, num_slots: int = 0
+) -> None:
+    """Raise ValueError, naming request, field, value and rule, if `plan` would read or write out of bounds.
+
+    `num_slots` is that of the host file.
+    """
+    _check_moves(plan, num_blocks, num_slots)
     num_rows = 0
     for s in plan.sequences:
         num_rows += len(s.token_ids)
@@ -90,3 +96,16 @@ def check_plan(plan: StepPlan, *, rows_max: int, num_blocks: int, block_tokens: 
             raise ValueError(f"{where}: a sequence that samples needs sampling parameters")
     if not 0 < num_rows <= rows_max:
         raise ValueError(f"step {plan.step_id}: {num_rows} rows must be in 1..{rows_max}")
+
+
+def _check_moves(plan: StepPlan, num_blocks: int, num_slots: int) -> None:
+    moved = {
+        "stores": (plan.stores, num_blocks, num_slots),
+        "loads": (plan.loads, num_slots, num_blocks),
+        "copies": (plan.copies, num_blocks, num_blocks),
+    }
+    for name, (pairs, num_from, num_to) in moved.items():
+        for source, target in pairs:
+            if not (0 <= source < num_from and 0 <= target < num_to):
+                rule = f"must be below {num_from} and {num_to}, not negative"
+                raise ValueError(f"step {plan.step_id}: {name} ({source}, {target}): {rule}")

@@ -107,13 +107,20 @@ class Client:
 class World:
     """See the module's docstring. `run` is the whole test."""
 
-    def __init__(self, seed: int, **settings: object) -> None:
+    def __init__(self, seed: int, *, pressed: bool = False, **settings: object) -> None:
+        """`pressed` = many requests that begin alike, blocks for hardly one of them, a host tier, fewer deaths."""
         self.random = random.Random(seed)
         chance = self.random
+        self.pressed = pressed
+        self.num_requests = 5 * NUM_REQUESTS if pressed else NUM_REQUESTS
         self.now_ns = 0
         self.vocab_size = chance.randint(6, 40)
         self.block_tokens = chance.randint(1, 4)
         self.num_blocks = chance.randint(20, 60) // self.block_tokens
+        self.num_host_blocks = chance.choice((0, 3, 10, 40))
+        if pressed:
+            self.num_blocks = -(-20 // self.block_tokens)
+            self.num_host_blocks = chance.choice((3, 10, 40))
         self.settings: dict[str, Any] = {
             "max_num_seqs": chance.randint(1, 6),
             "max_num_batched_tokens": chance.randint(1, 24),
@@ -144,14 +151,14 @@ class World:
         faults = [
             (30, self.deliver),
             (12, self.work),
-            (4, self.add_request),
+            (20 if self.pressed else 4, self.add_request),
             (1, self.repeat_request),
             (1, self.dispatch_again),
             (1, self.abort_request),
-            (1, self.kill_executor),
-            (1, self.pass_step_timeout),
+            (0.1 if self.pressed else 1, self.kill_executor),
+            (0.1 if self.pressed else 1, self.pass_step_timeout),
             (0.5, self.fail_step),
-            (0.5, self.kill_scheduler),
+            (0.1 if self.pressed else 0.5, self.kill_scheduler),
             (0.2, self.kill_gateway),
             (8, self.prefill),
             (8, self.fetch),
@@ -230,6 +237,7 @@ class World:
             block_tokens=self.block_tokens,
             max_model_len=1000,
             vocab_size=self.vocab_size,
+            num_host_blocks=self.num_host_blocks,
         )
         self.executor = ToyExecutor(ready)
         self.executor_says(*[ExecutorConnected(ready)] * self.random.randint(1, 3))
@@ -351,7 +359,7 @@ class World:
         return self.random.choice(living) if living else None
 
     def add_request(self) -> None:
-        if len(self.clients) >= NUM_REQUESTS:
+        if len(self.clients) >= self.num_requests:
             return
         chance = self.random
         max_tokens = chance.randint(0, 8)
@@ -382,8 +390,9 @@ class World:
         """Return up to 10 tokens; often they begin as another request's prompt and output do."""
         chance = self.random
         history: list[int] = []
-        if self.clients and chance.random() < 0.6:
-            other = chance.choice(list(self.clients.values()))
+        if self.clients and chance.random() < (0.9 if self.pressed else 0.6):
+            others = list(self.clients.values())
+            other = chance.choice(others[:5] if self.pressed else others)
             history = [*other.prompt, *other.outputs]
             history = history[: chance.randint(1, len(history))]
         tail = [chance.randrange(self.vocab_size) for _ in range(chance.randint(1, 10))]

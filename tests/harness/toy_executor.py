@@ -84,9 +84,10 @@ class ToyExecutor:
         self._slots: dict[int, Entry] = {}
         self._drawn_step_id = -1
         self._drawn: dict[str, int] = {}
+        self._host_blocks: dict[int, list[Entry]] = {}
 
     def run(self, plan: StepPlan) -> StepCompleted | StepFailed:
-        """Write the KV of every planned token, then draw. A plan may go on with what the step before drew."""
+        """Move blocks, write the KV of every planned token, then draw. A plan may go on with what the step before drew."""
         incarnation = self.ready.incarnation
         try:
             plan, _ = with_drawn(plan, self._drawn if self._drawn_step_id == plan.step_id - 1 else None)
@@ -94,6 +95,7 @@ class ToyExecutor:
             return StepFailed(
                 step_id=plan.step_id, incarnation=incarnation, code="nothing_drawn", message=str(error)
             )
+        self._move(plan)
         for sequence in plan.sequences:
             for offset, token_id in enumerate(sequence.token_ids):
                 position = sequence.start + offset
@@ -104,6 +106,19 @@ class ToyExecutor:
         self._drawn = {one.request_id: one.token_id for one in sampled}
         self._drawn_step_id = plan.step_id
         return StepCompleted(step_id=plan.step_id, incarnation=incarnation, sampled=sampled)
+
+    def _move(self, plan: StepPlan) -> None:
+        for block_id, slot in plan.stores:
+            assert 0 <= slot < self.ready.num_host_blocks
+            self._host_blocks[slot] = self._block(block_id)
+        for slot, block_id in plan.loads:
+            self.receive(block_id, self._host_blocks[slot])
+        for source_id, block_id in plan.copies:
+            self.receive(block_id, self._block(source_id))
+
+    def _block(self, block_id: int) -> list[Entry]:
+        first = block_id * self.ready.block_tokens
+        return [self._slots.get(slot, (-1, -1, -1)) for slot in range(first, first + self.ready.block_tokens)]
 
     def receive(self, block_id: int, entries: Sequence[Entry]) -> None:
         """Write a block that was fetched."""

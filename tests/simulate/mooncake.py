@@ -1,6 +1,7 @@
 """A trace through the pure cores: what placement policies do to prefix hits, in virtual time.
 
     python -m tests.simulate.mooncake [--groups 4] [--policies round_robin,prefix] [--requests N] [--num-blocks N]
+        [--num-host-blocks N]
 
 The gateway's job executor and one scheduler per DP group are the real cores; the executor is the toy one, whose
 tokens show every mistake, with a clock that charges each step for itself and for its tokens. Lengths are divided by
@@ -67,6 +68,7 @@ class World:
     num_groups: int = 4
     block_tokens: int = 8
     num_blocks: int = 260_000  # per group: more than the whole trace fills
+    num_host_blocks: int = 0  # per group, besides
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 64
     balance_tokens: int = 4096  # 256K tokens of the trace, about 20 of its prompts
@@ -158,7 +160,7 @@ class Simulation:
             prefix_percent_min=world.prefix_percent_min,
             max_num_seqs=world.max_num_seqs,
             block_tokens=world.block_tokens,
-            cache_tokens=world.num_blocks * world.block_tokens,
+            cache_tokens=(world.num_blocks + world.num_host_blocks) * world.block_tokens,
         )
         self.gateway = JobExecutor(JobLimits(waiting_jobs_max=1 << 30), placing)
         self.cores = [self._scheduler() for _ in range(world.num_groups)]
@@ -171,6 +173,7 @@ class Simulation:
                 block_tokens=world.block_tokens,
                 max_model_len=WINDOW_TOKENS,
                 vocab_size=VOCAB_SIZE,
+                num_host_blocks=world.num_host_blocks,
             )
             self.executors.append(ToyExecutor(ready))
             self._tell_scheduler(group, ExecutorConnected(ready))
@@ -263,7 +266,7 @@ class Simulation:
         for group, core in enumerate(self.cores):
             counters = core.snapshot()
             outcome.query_tokens += counters["prefix_cache_queries"]
-            outcome.hit_tokens += counters["prefix_cache_hits"]
+            outcome.hit_tokens += counters["prefix_cache_hits"] + counters["external_prefix_cache_hits"]
             outcome.num_preemptions += counters["num_preemptions"]
             route = self.gateway.placer.routes.get(group)
             outcome.requests_by_group.append(route.num_requests if route else 0)
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--policies", default="round_robin,least_loaded,kv_usage,prefix")
     parser.add_argument("--requests", type=int, help="so many from the beginning; default: all")
     parser.add_argument("--num-blocks", type=int, default=World().num_blocks, help="KV blocks of each group")
+    parser.add_argument("--num-host-blocks", type=int, default=0, help="blocks of each group's host tier")
     parser.add_argument(
         "--balance-tokens", type=int, default=World().balance_tokens, help="gateway.balance_tokens"
     )
@@ -288,6 +292,7 @@ def main() -> None:
     world = World(
         num_groups=given.groups,
         num_blocks=given.num_blocks,
+        num_host_blocks=given.num_host_blocks,
         balance_tokens=given.balance_tokens,
         prefix_percent_min=given.prefix_percent_min,
     )

@@ -42,3 +42,9 @@ def test_prefixes_are_found_across_groups_where_turns_lose_them() -> None:
 def test_with_too_little_memory_hits_are_lost_and_nothing_else() -> None:
     outcome = run("prefix", World(num_groups=1, num_blocks=500))
     assert 0 < outcome.hit_tokens < 0.9 * outcome.ideal_hit_tokens
+
+
+@needs_trace
+def test_a_host_tier_makes_up_for_too_little_memory() -> None:
+    outcome = run("prefix", World(num_groups=1, num_blocks=500, num_host_blocks=20_000))
+    assert outcome.hit_tokens == pytest.approx(outcome.ideal_hit_tokens, rel=0.02)

@@ -50,12 +50,43 @@ def test_the_faults_really_happen() -> None:
 
 def test_a_scheduler_that_shares_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulation itself is tested: a pool that hands out a block twice must not pass."""
-    monkeypatch.setattr("services.cache.blocks.BlockPool.allocate", lambda self, n: [0] * n)
+    monkeypatch.setattr("services.cache.blocks.BlockPool.allocate", lambda self, n, stores=False: [0] * n)
     monkeypatch.setattr("services.cache.blocks.BlockPool.free", lambda self, ids: None)
     monkeypatch.setattr("services.scheduler.core.SchedulerCore.check_invariants", lambda self: None)
     with pytest.raises(AssertionError, match=r"not the (oracle's )?tokens"):
         for seed in range(20):
             World(seed, enable_prefix_caching=False).run()
+
+
+@pytest.mark.parametrize("seed", SEEDS[:60], ids=lambda seed: f"seed{seed}")
+def test_evicted_blocks_come_back_and_open_ones_are_copied(seed: int) -> None:
+    World(seed, pressed=True, enable_prefix_caching=True).run()
+
+
+def test_under_pressure_every_tier_is_used() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        world = World(seed, pressed=True, enable_prefix_caching=True)
+        world.run()
+        seen.update(world.core.snapshot())
+    for name in ("prefix_cache_hits", "external_prefix_cache_hits", "num_copied_tokens", "num_preemptions"):
+        assert seen[name] > 20, name
+
+
+def test_a_slot_that_is_given_away_before_it_is_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cache.host_tier.HostTier.pin", lambda self, hashes: None)
+    with pytest.raises(AssertionError):
+        for seed in range(100):
+            World(seed, pressed=True, enable_prefix_caching=True).run()
+
+
+def test_an_open_block_copied_to_the_wrong_length_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "services.batching.batch._num_equal", lambda some, others: min(len(some), len(others))
+    )
+    with pytest.raises(AssertionError, match="not the oracle's tokens"):
+        for seed in range(40):
+            World(seed, pressed=True, enable_prefix_caching=True).run()
 
 
 def test_a_prefix_cache_that_forgets_what_came_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,10 +69,11 @@ def test_samples_of_one_prompt_share_its_blocks() -> None:
     driver.feed(*(add(create_request(name, prompt=PROMPT, seed=ord(name))) for name in "abc"))
     assert driver.scheduled() == {"a": 10}, "the others wait for what a is computing"
     driver.complete()
-    assert driver.scheduled() == {"a": 1, "b": 2, "c": 2}
+    assert driver.scheduled() == {"a": 1, "b": 1, "c": 1}, "of the last block, only the last token is theirs"
     tables = [sequence.block_table for sequence in driver.plans[-1].sequences]
     assert len({table[:2] for table in tables}) == 1 and len({table[2] for table in tables}) == 3
     assert driver.core.snapshot()["num_free_blocks"] == 16 - 5
+    assert driver.plans[-1].copies == ((tables[0][2], tables[1][2]), (tables[0][2], tables[2][2]))
 
 
 def test_nobody_waits_for_a_request_that_left() -> None:
