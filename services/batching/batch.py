@@ -263,7 +263,8 @@ class Batcher:
 
         From counts alone: whoever draws a token in `step` computes it in the next, unless that one is its last. A
         token may turn out to have stopped its request; then what is computed after it is in vain. Empty whenever there
-        is more to decide: somebody has not caught up, could be admitted, or would have to be preempted; or a block, to be stored.
+        is more to decide: somebody has not caught up, could be admitted, or would have to be preempted, or a block is
+        to be stored.
         """
         pool = self.pool
         has_seats = len(self.running) + self.num_arriving < self.max_num_seqs

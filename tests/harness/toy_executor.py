@@ -87,7 +87,7 @@ class ToyExecutor:
         self._host_blocks: dict[int, list[Entry]] = {}
 
     def run(self, plan: StepPlan) -> StepCompleted | StepFailed:
-        """Move blocks, write the KV of every planned token, then draw. A plan may go on with what the step before drew."""
+        """Move blocks, write the KV of every planned token, draw. A plan may go on with what the step before drew."""
         incarnation = self.ready.incarnation
         try:
             plan, _ = with_drawn(plan, self._drawn if self._drawn_step_id == plan.step_id - 1 else None)
@@ -171,4 +171,5 @@ class ToyExecutor:
         prompt, output = tokens[: sequence.num_prompt_tokens], tokens[sequence.num_prompt_tokens :]
         sent = list(sequence.output_token_ids)
         assert sent == (output if sequence.sampling.uses_outputs else []), "not the tokens that were computed"
-        assert list(sequence.prompt_token_ids) == (prompt if sequence.sampling.uses_prompt else [])
+        wanted = prompt if sequence.sampling.uses_prompt else []
+        assert list(sequence.prompt_token_ids) == wanted, "not the tokens that were computed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bus.control.messages import StepFailed
+from bus.control.messages import DRAWN_BEFORE, StepFailed
 from tests.harness.scheduling import Driver, add, create_core, create_request
 
 PROMPT = tuple(range(10))  # blocks of 4 tokens: two full ones and two tokens
@@ -83,6 +83,20 @@ def test_a_failed_step_that_moved_blocks_empties_the_cache() -> None:
     )
     serve(driver, "a2", PROMPT)
     assert driver.plans[-1].sequences[0].start == 0
+
+
+def test_no_step_is_sent_ahead_that_would_have_to_store() -> None:
+    """A step ahead may prove needless, and is then not executed: what counts as stored would not be."""
+    driver = with_host(num_blocks=4, async_scheduling=True)
+    serve(driver, "a", PROMPT[:8])
+    num_answered = len(driver.plans)
+    driver.feed(add(create_request("b", prompt=range(50, 57), max_tokens=8)))
+    while driver.core.requests:
+        driver.feed(driver.answer(driver.plans[num_answered]))
+        num_answered += 1
+    assert any(plan.stores for plan in driver.plans)
+    ahead = [plan for plan in driver.plans if any(DRAWN_BEFORE in one.token_ids for one in plan.sequences)]
+    assert ahead and not any(plan.stores for plan in ahead)
 
 
 def test_a_failed_step_that_moved_nothing_keeps_it() -> None:
