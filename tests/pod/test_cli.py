@@ -99,7 +99,7 @@ def test_config_is_a_file_of_settings(pod: Pod) -> None:
     assert result.returncode == 0 and result.stderr == ""
     tree = tomllib.loads(result.stdout)
     assert (tree["pod"], tree["runtime_dir"]) == (pod.name, str(pod.runtime_dir))
-    assert tree["kv"] == {"block_tokens": 16, "cache_tokens": 1024}
+    assert tree["kv"] == {"block_tokens": 16, "cache_tokens": 1024, "host_tokens": 0}
     names = [line.split(" = ")[0] for line in result.stdout.splitlines()]
     assert names == list(settings.settings())
 

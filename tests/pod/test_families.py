@@ -48,7 +48,9 @@ class Served:
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     folder = GOLDENS / request.param
     expected = json.loads((folder / "expected.json").read_text())
-    with running_pod(folder, dp_groups=1, expert_workers=3) as pod:
+    # Nothing is taken over from another prompt, so that all of it is computed and can be counted.
+    off = ("--set", "scheduler.enable_prefix_caching=false")
+    with running_pod(folder, *off, dp_groups=1, expert_workers=3) as pod:
         answers = asyncio.run(ask_all(pod, expected["prompts"], expected["max_tokens"]))
         yield Served(folder, pod, expected, answers)
 
