@@ -130,7 +130,7 @@ def p2p() -> None:
 
 
 def lanes() -> None:
-    """Arrays whose copy several threads share: out of the sender's app area or memory, into the receiver's area."""
+    """Arrays whose copy several threads share, out of the sender's app area; others, whose sender shares it."""
     with two_ends(1, XcclConfig(num_lanes=4), 1 << 20) as ends:
         assert exchange_messages(*ends, [1 << 20, 600_000] * 30, in_place=True) > 0, "no other lane has run"
 
@@ -150,7 +150,10 @@ def exchange_messages(here: Endpoint, there: Endpoint, sizes: list[int], *, in_p
         for event, size in enumerate(sizes):
             message = source[:size] if event % 2 else np.empty(size, np.uint8)
             _native.copy(message, 0, np.full(size, event % 251, np.uint8), 0, size)
-            p2p.send(message, RECEIVER, event, soon())
+            if in_place and event % 2:  # a sender that waits would share the copy itself
+                p2p.isend(message, RECEIVER, event).wait(soon())
+            else:
+                p2p.send(message, RECEIVER, event, soon())
         p2p.close()
 
     def receive() -> None:
