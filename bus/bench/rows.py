@@ -1,8 +1,8 @@
 """Ways of a collective, and dispatch + combine over any transport that swaps bytes between all ranks.
 
 The message form does what ours does, step by step: sort the pairs by expert, swap counts per expert, gather rows into
-one buffer, swap rows, let the experts write y, swap y back, add in top-k order. Buffers are made once per shape. What
-it leaves out, in its favour: rows arrive grouped by source, and are not grouped again by expert.
+one buffer, swap rows, let the experts work in place, swap rows back, add in top-k order. Buffers are made once per
+shape. What it leaves out, in its favour: rows arrive grouped by source, and are not grouped again by expert.
 """
 
 from __future__ import annotations
@@ -159,7 +159,6 @@ class Rows:
         self._out = np.empty((num_pairs, self._wire.row_bytes), np.uint8)
         self._into = np.empty((experts, self._wire.row_bytes), np.uint8)
         self._back = np.empty((num_pairs, self._wire.row_bytes), np.uint8)
-        self._y = np.empty((experts, self._wire.row_bytes), np.uint8)
         self._sum = np.empty(self._given.x.shape, np.float32)
 
     def run(self) -> None:
@@ -174,10 +173,10 @@ class Rows:
         received = (self._found.sum(axis=1) * wire.row_bytes).tolist()
         _collectives.gather_rows(self._out, self._order // shape.top_k, wire.packed(given.x), wire.row_bytes)
         num = sum(received) // wire.row_bytes
-        into, y = self._into[:num], self._y[:num]
+        into = self._into[:num]
         self._transport.swap(self._out.reshape(-1), sent, into.reshape(-1), received)
-        wire.work(into, self._factor, y)
-        self._transport.swap(y.reshape(-1), received, self._back.reshape(-1), sent)
+        wire.work(into, self._factor)
+        self._transport.swap(into.reshape(-1), received, self._back.reshape(-1), sent)
         self._position[self._order] = self._places
         sizes = given.x.shape[0], shape.top_k, shape.hidden
         wire.add(self._sum, self._back, self._position, given.topk_weights, *sizes)
@@ -200,8 +199,8 @@ class Wire(Protocol):
     def packed(self, x: Float32Array) -> Bytes:
         """Return the rows of `x`; valid until the next call."""
 
-    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
-        """Do the experts' work: multiply every row by `factor` into `y`."""
+    def work(self, rows: Bytes, factor: np.float32) -> None:
+        """Do the experts' work: multiply every row by `factor`, in place."""
 
 
 class Float32Wire:
@@ -215,9 +214,10 @@ class Float32Wire:
         """See `Wire`."""
         return x.view(np.uint8)
 
-    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
+    def work(self, rows: Bytes, factor: np.float32) -> None:
         """See `Wire`."""
-        np.multiply(rows.view(np.float32), factor, out=y.view(np.float32))
+        values = rows.view(np.float32)
+        np.multiply(values, factor, out=values)
 
 
 class Int8Wire:
@@ -239,8 +239,7 @@ class Int8Wire:
         rows[:, hidden:] = scale.view(np.uint8)
         return rows
 
-    def work(self, rows: Bytes, factor: np.float32, y: Bytes) -> None:
-        """See `Wire`. A row is multiplied by multiplying its scale, but its bytes pass through as a product's would."""
-        np.copyto(y, rows)
-        scales = y[:, self._hidden :].view(np.float32)
+    def work(self, rows: Bytes, factor: np.float32) -> None:
+        """See `Wire`. A row is multiplied by multiplying its scale."""
+        scales = rows[:, self._hidden :].view(np.float32)
         np.multiply(scales, factor, out=scales)

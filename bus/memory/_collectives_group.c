@@ -10,6 +10,7 @@
 #define PROBE_MIN 32
 #define PROBE_MAX 4096
 #define SPIN_ROUNDS 8 /* half of what it takes to switch to another process and back */
+#define YIELD_NS_MAX 1000000LL /* waits that take longer gain little from being polled for */
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
@@ -20,7 +21,9 @@ group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num
         return -1;
     }
     group->peers = PyMem_Calloc((size_t)num_ranks, sizeof *group->peers);
-    if (group->peers == NULL) {
+    group->typical_ns = PyMem_Calloc((size_t)num_lanes, sizeof *group->typical_ns);
+    if (group->peers == NULL || group->typical_ns == NULL) {
+        group_clear(group);
         PyErr_NoMemory();
         return -1;
     }
@@ -50,7 +53,9 @@ group_clear(group_t *group)
         drop_peer(group, &group->peers[i]);
     }
     PyMem_Free(group->peers);
+    PyMem_Free(group->typical_ns);
     group->peers = NULL;
+    group->typical_ns = NULL;
 }
 
 int
@@ -293,13 +298,30 @@ spin_for_others(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
     return 0;
 }
 
+/* How long to poll: several times as long as this wait takes in general, if that is short enough. A core whose ranks all
+ * sleep takes tens of microseconds to come back. */
+static int64_t
+burst_ns(const group_t *group, Py_ssize_t lane)
+{
+    int64_t typical = group->typical_ns[lane], burst = 4 * typical < YIELD_NS_MAX ? 4 * typical : YIELD_NS_MAX;
+    return typical > YIELD_NS_MAX / 2 || burst < group->yield_ns ? group->yield_ns : burst;
+}
+
+/* Note how long a wait took; a long one says little more than that it was long. */
+static void
+learn_duration(group_t *group, Py_ssize_t lane, int64_t duration)
+{
+    int64_t *typical = &group->typical_ns[lane];
+    *typical += ((duration < 2 * YIELD_NS_MAX ? duration : 2 * YIELD_NS_MAX) - *typical) / 8;
+}
+
 /* Poll and give the core away in between. A yield that was answered too late counts as lost: others want the core. */
 static int
 poll_yielding(group_t *group, const wanted_t *wanted, Py_ssize_t *rank, int64_t until)
 {
-    int64_t begin = now_ns(), now = begin;
+    int64_t begin = now_ns(), now = begin, burst = burst_ns(group, wanted->lane);
     group_spread(group, begin);
-    while (now - begin <= group->yield_ns && now < until) {
+    while (now - begin <= burst && now < until) {
         if (is_over(group, wanted, rank) || spin_for_others(group, wanted, rank)) {
             return 1;
         }
@@ -379,10 +401,15 @@ group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, u
             int64_t until)
 {
     const wanted_t wanted = {lane, num_lanes, event_id, state, found};
+    int64_t begin = now_ns();
     int is_signalled = 0;
     for (;;) {
         Py_ssize_t awaited = look_at_all(group, &wanted);
-        if (awaited <= 0 || now_ns() >= until || is_signalled) {
+        int64_t now = now_ns();
+        if (awaited <= 0 || now >= until || is_signalled) {
+            if (awaited <= 0 || now - begin > group->typical_ns[lane]) {
+                learn_duration(group, lane, now - begin);
+            }
             return awaited; /* after a signal Python runs its handlers and calls again */
         }
         if (!poll_cells(group, &wanted, until)) {

@@ -34,7 +34,8 @@ typedef struct {
     Py_ssize_t rank, num_ranks, num_lanes, num_connected;
     Py_ssize_t shared_bytes; /* of each segment, from `managed` on */
     uint64_t writes, waits, relax_wins, yield_wins, sleeps, moves;
-    int64_t yield_ns; /* longest burst of yielding */
+    int64_t yield_ns; /* burst of yielding where nothing better is known */
+    int64_t *typical_ns; /* [num_lanes] how long waits for cells of a lane take, a moving average */
     habit_t relax, yield;
     uint32_t place;    /* what was last stored at PLACE_OFFSET */
     int64_t spread_at, spread_ns; /* when to look at the places of all ranks, how long after that again */

@@ -13,7 +13,8 @@ pushes one 32-byte cell with a count to every other rank, zero too, because ever
                7. out[token] = sum of weight * y over the slots 0..top_k-1, in this order, read straight from their y
 
 With INT8, 1 quantises, 4 dequantises, 5 quantises y. `dispatch_int8` leaves out the last two: for experts that work on
-INT8 rows and return such. One copy on the way there, none on the way back. Blocks, cells: dispatch_layout.py.
+INT8 rows and return such. One copy on the way there, none on the way back. With `in_place` the rows are pulled to where
+y is: for experts that have read a row when they write its result. Blocks, cells: dispatch_layout.py.
 
 Who may overwrite what: a rank stages anew in a microbatch after its combine, hence after every rank that had rows of it
 answered, hence pulled; a rank that announced nothing to us is not read. It writes y anew after all counts of
@@ -106,18 +107,19 @@ class Dispatcher:
         shape = self._shape
         block, *_, y_scale_at, y_at = shape.offsets()
         size, at = (shape.pairs_max, shape.hidden), self._segment.layout.managed_offset + microbatch * block
+        y_scale = None
         if shape.deliver_int8:
-            batch = _Microbatch(
-                x=_page_aligned(size, _INT8),
-                y=self._segment.array(at + y_at, size, np.int8),
-                x_scale=np.zeros(shape.pairs_max, np.float32),
-                y_scale=self._segment.array(at + y_scale_at, (shape.pairs_max,), np.float32),
-            )
+            y: npt.NDArray[Any] = self._segment.array(at + y_at, size, np.int8)
+            y_scale = self._segment.array(at + y_scale_at, (shape.pairs_max,), np.float32)
         elif shape.int8:
-            batch = _Microbatch(x=_page_aligned(size, _FLOAT32), y=_page_aligned(size, _FLOAT32))
+            y = _page_aligned(size, _FLOAT32)
         else:
             y = self._segment.array(at + y_at, size, np.float32)
-            batch = _Microbatch(x=_page_aligned(size, _FLOAT32), y=y)
+        if shape.in_place:
+            batch = _Microbatch(x=y, y=y, x_scale=y_scale, y_scale=y_scale)
+        else:
+            x_scale = None if y_scale is None else np.zeros(shape.pairs_max, np.float32)
+            batch = _Microbatch(x=_page_aligned(size, y.dtype), y=y, x_scale=x_scale, y_scale=y_scale)
         self._native.bind(microbatch, batch.x, batch.x_scale)
         return batch
 

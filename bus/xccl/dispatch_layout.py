@@ -54,6 +54,7 @@ class DispatchShape:
     deliver_int8: bool = (
         False  # and are handed to and taken from the experts so; the same bytes in shared memory
     )
+    in_place: bool = False  # results take the place of the rows that came; a rank's own business
 
     def __post_init__(self) -> None:
         if self.deliver_int8 and not self.int8:
@@ -107,7 +108,8 @@ class DispatchResult:
     x: [num_pairs, hidden] float32, own memory, valid until the next dispatch of this microbatch. Rows are grouped by
     local expert; within one they keep the order (source rank, token, slot).
     expert_counts: [num_local_experts] int32, rows of each local expert.
-    y: [num_pairs, hidden] float32 to be filled, row by row; handing just this array to `combine` saves a copy.
+    y: [num_pairs, hidden] float32 to be filled, row by row; handing just this array to `combine` saves a copy. The
+    same array as x where the shape says `in_place`.
     """
 
     x: Float32Array
@@ -123,7 +125,7 @@ class Int8DispatchResult:
     row whose scale is NaN was not finite at its source. expert_counts: [num_local_experts] int32.
     y: [num_pairs, hidden] int8, y_scale: [num_pairs] float32: to be filled, row by row. They lie in shared memory and
     are what the others add, without another rounding; after `combine` they may not be touched until the next dispatch
-    of this microbatch has returned.
+    of this microbatch has returned. The same arrays as x and x_scale where the shape says `in_place`.
     """
 
     x: Int8Array

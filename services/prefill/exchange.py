@@ -49,6 +49,7 @@ def dispatch_shape(config: PodConfig, model: ModelConfig, rows_max: int) -> Disp
         hidden=model.hidden_size,
         num_local_experts=-(-model.num_experts // num_ranks),
         int8=config.xccl.int8,
+        in_place=True,  # `_compute` has read an expert's rows when it writes its results
     )
 
 

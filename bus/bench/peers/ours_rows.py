@@ -147,6 +147,7 @@ class Dispatching(Case):
             num_local_experts=shape.num_local_experts,
             int8=self.is_int8,
             deliver_int8=self.is_int8,
+            in_place=True,
         )
         segment = self.open(sizes.layout(), lambda rank: Rank("expert", rank))
         self._side = Dispatcher(segment, sizes, self.rank, self.table, config=config)
@@ -158,7 +159,6 @@ class Dispatching(Case):
         event = self.next_event()
         if self.is_int8:
             rows, handle = side.dispatch_int8(given.x, given.topk_idx, event=event, deadline=deadline)
-            np.copyto(rows.y, rows.x)
             np.multiply(rows.x_scale, self._factor, out=rows.y_scale)
             side.combine(rows.y, given.topk_weights, handle, deadline=deadline, out=self.sum)
             return

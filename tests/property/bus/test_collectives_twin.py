@@ -32,6 +32,7 @@ shapes = st.builds(
     num_local_experts=st.integers(1, 3),
     num_microbatches=st.integers(1, 2),
     int8=st.booleans(),
+    in_place=st.booleans(),
 )
 
 

@@ -94,6 +94,21 @@ def test_int8_has_no_rows_to_write_in_place() -> None:
 INT8 = replace(SHAPE, int8=True, deliver_int8=True)
 
 
+@pytest.mark.parametrize("kind", [{}, {"int8": True}, {"int8": True, "deliver_int8": True}])
+def test_results_may_take_the_place_of_the_rows(kind: dict[str, bool]) -> None:
+    with DispatchWorld(replace(SHAPE, in_place=True, **kind)) as world:
+        inputs, event = world.routed(np.random.default_rng(3), [4, 2, 3]), Event(1, 0)
+
+        def one(rank: int) -> None:
+            side, deadline = world.ranks[rank], Deadline.after_ms(9_000)
+            dispatch = side.dispatch_int8 if world.shape.deliver_int8 else side.dispatch
+            result, handle = dispatch(inputs[rank].x, inputs[rank].topk_idx, event=event, deadline=deadline)
+            assert result.x.ctypes.data == result.y.ctypes.data
+            side.combine(result.y, inputs[rank].weights, handle, deadline=deadline)
+
+        world.each(one)
+
+
 def test_int8_is_delivered_only_where_it_travels() -> None:
     with pytest.raises(ValueError, match="deliver_int8: True needs int8=True"):
         replace(SHAPE, deliver_int8=True)
