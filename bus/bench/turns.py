@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bus.bench.session import Case, Record, Session
-from bus.bench.stats import figures, median_ratio, repetitions
+from bus.bench.stats import figures, mean_ratio, median_ratio, repetitions
 
-REPETITIONS_MIN, REPETITIONS_MAX, REPETITIONS_FIRST = 4, 400, 3
+REPETITIONS_MIN, REPETITIONS_MAX, REPETITIONS_FIRST = 4, 4_000, 10
 
 
 def open_rows(session: Session, section: str) -> dict[str, str]:
@@ -41,7 +41,9 @@ def play_case(
         _ask(session, section, ways[way], what="finish", way=way)
     ours = samples.get("ours")
     for way, rounds in samples.items():
-        extra = {} if ours is None else {"to_ours": median_ratio(rounds, ours)}
+        extra = {}
+        if ours is not None:
+            extra = {"to_ours": median_ratio(rounds, ours), "mean_to_ours": mean_ratio(rounds, ours)}
         session.records.append(Record(section, way, shown, figures(rounds), extra))
 
 

@@ -28,7 +28,7 @@ def report() -> Report:
         Record("p2p", "pyzmq", {**ONE, "size": 1 << 20}, slow, {"mb_per_s": 524.3, "to_ours": 4.5}),
         Record("p2p", "pyzmq", dict(IDLE), slow, {"cpu_percent": 0.05}),
         Record("p2p", "pyzmq", {"scenario": "4 pairs", "size": 64}, slow, {"mb_per_s": 1.0}),
-        Record("all-to-all", "MPICH", {"ranks": 4, "size": 4096}, slow, {}),
+        Record("all-to-all", "MPICH", {"ranks": 4, "size": 4096}, slow, {"mean_to_ours": 2.5}),
         Record("moe", "ours", dict(MOE), fast, {"to_ours": 1.0}),
         Record("moe", "MPICH", dict(MOE), slow, {"to_ours": 3.0}),
         Record("moe", "MPICH", {**MOE, "batch": 8}, slow, {"to_ours": 5.0}),
@@ -58,6 +58,7 @@ def test_tables_show_every_figure_and_why_one_is_missing() -> None:
     assert "one pair, one way, us: p50 / p99\n" in text
     assert lines_with(text, "ours adaptive")[0].split()[2:] == ["1.00", "/", "1.49"]
     assert any("2,000 / 2,000" in line for line in lines_with(text, "pyzmq"))
+    assert any("2,000, 2,000 / 2,000 (2.5)" in line for line in lines_with(text, "MPICH"))
     assert any(line.split() == ["ours", "adaptive", "2.25"] for line in lines_with(text, "ours adaptive"))
     assert any("4.0 (3.0)" in line for line in lines_with(text, "A2E + E2A, int8, 4 ranks"))
     assert any("0.05" in line for line in lines_with(text, "pyzmq"))
@@ -84,7 +85,7 @@ def test_json_has_the_schema(tmp_path: Path) -> None:
     assert found["plan"]["ranks"] == [4, 8, 16] and found["plan"]["xccl"]["spin_us"] >= 0
     first = found["records"][1]
     assert first["case"] == ONE and first["way"] == "ours adaptive" and first["to_limit"] == 2.25
-    assert {"p50_us", "p99_us", "low_us", "high_us", "samples"} <= set(first)
+    assert {"p50_us", "p99_us", "mean_us", "low_us", "high_us", "samples"} <= set(first)
     assert found["absent"][0] == {
         "section": "p2p",
         "way": "openmpi",
