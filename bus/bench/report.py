@@ -10,9 +10,9 @@
 
 section, and its case: `p2p` {scenario, size}, one-way times; `all-to-all` {ranks, size}; `moe` {ranks, form, batch,
 hidden, top_k, kind}. p50_us is the median of the rounds' medians, low_us and high_us their range, p99_us the 99th
-percentile of all samples, mean_us the median of the rounds' means. Further: to_limit, median over blocks of p50 relative to the C limit's in the same
-milliseconds; to_ours and mean_to_ours, median over rounds of p50 and of the mean relative to ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU
-time of a waiter that sleeps.
+percentile of all samples, mean_us the median of the rounds' means. Further: to_limit, median over blocks of p50
+relative to the C limit's in the same milliseconds; to_ours and mean_to_ours, median over rounds of p50 and of the mean
+relative to ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps.
 """
 
 from __future__ import annotations
