@@ -10,7 +10,7 @@
 #define PROBE_MIN 32
 #define PROBE_MAX 4096
 #define SPIN_ROUNDS 8 /* half of what it takes to switch to another process and back */
-#define YIELD_NS_MAX 1000000LL /* waits that take longer gain little from being polled for */
+#define YIELD_NS_MAX 4000000LL /* waits that take longer gain little from being polled for */
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
