@@ -17,7 +17,8 @@ class SlowSource:
     standing: dict[int, list[int]] = field(default_factory=dict)
     ended: list[int] = field(default_factory=list)
     blocks_sent: int = 0
-    answered: dict[int, int] = field(default_factory=dict)  # serial -> blocks taken; not looked at yet
+    # What sinks said and nobody has looked at yet: serial -> sink -> blocks taken, the last time that it fetched.
+    answered: dict[int, dict[int, int]] = field(default_factory=dict)
     last_serial: int = 0
 
     def offer(self, block_ids: list[int]) -> int:
@@ -30,7 +31,8 @@ class SlowSource:
         """End them, as fetched where a sink has said so."""
         for serial in serials:
             if self.standing.pop(serial, None) is not None:
-                self.blocks_sent += self.answered.pop(serial, 0)
+                said = self.answered.pop(serial, {})
+                self.blocks_sent += said[min(said)] if said else 0  # the first sink's word counts
                 self.ended.append(serial)
 
     def take_ended(self) -> list[int]:
@@ -56,8 +58,8 @@ class SlowFetch:
 class SlowSink:
     """Fetches from any sources, one block at a time; sources take turns."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.blocks = [0] * num_blocks
+    def __init__(self, num_blocks: int, index: int) -> None:
+        self.blocks, self.index = [0] * num_blocks, index
         self.completions: list[tuple[int, bool]] = []  # fetch id, whether all of it has arrived
         self._turns: deque[list[SlowFetch]] = deque()  # of one source each, in the order of their posts
 
@@ -103,7 +105,7 @@ class SlowSink:
             fetch.position += 1
         if fetch.position == len(fetch.own_ids):
             fetches.remove(fetch)
-            fetch.source.answered.setdefault(fetch.serial, len(fetch.own_ids))
+            fetch.source.answered.setdefault(fetch.serial, {})[self.index] = len(fetch.own_ids)
             self.completions.append((fetch.fetch_id, True))
         return count
 

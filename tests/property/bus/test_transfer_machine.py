@@ -29,7 +29,7 @@ class TransferMachine(RuleBasedStateMachine):
         self.sources = [SourceSide(pod, index=i, first_serial=self.first_serial) for i in range(2)]
         self.sinks = [SinkSide(index=i) for i in range(2)]
         self.slow_sources = [SlowSource(list(range(1, LAYOUT.num_blocks + 1))) for _ in range(2)]
-        self.slow_sinks = [SlowSink(LAYOUT.num_blocks) for _ in range(2)]
+        self.slow_sinks = [SlowSink(LAYOUT.num_blocks, i) for i in range(2)]
         self.tickets: list[tuple[int, int, KvTicket]] = []  # source, the twin's serial, ticket
         self.next_fetch, self.next_value = 1, 1000
 
