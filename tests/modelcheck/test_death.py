@@ -274,3 +274,110 @@ def test_a_rank_that_dies_before_it_rings_is_noticed() -> None:
     assert check(lacks_a_rank(mutate(PATIENT_SURVIVOR, " or timeout", ""))).violation is not None
     blind = mutate(PATIENT_SURVIVOR, "    if b == 1 goto again\n", "")
     assert check(lacks_a_rank(blind)).violation is not None
+
+
+# ---------------------------------------------------------------- the same where only sleepers are rung for
+
+LOOK = """
+    a = load acquire word[0]
+    b = load acquire word[1]
+    missing := (a == 0) + (b == 0)
+"""
+QUIET_SURVIVOR = """
+again:
+    {look}
+    if missing == 0 goto whole
+    m = add seq_cst asleep 1        # SYNC: bell-quiet
+    fence seq_cst                   # SYNC: bell-quiet
+    seen = load acquire bell        # SYNC: word
+    {look}
+    if missing == 0 goto awake
+    store seq_cst wake_at = seen + missing
+    store seq_cst patient = 1
+    now = load seq_cst bell
+    if now >= seen + missing goto over
+    sleep bell == now or timeout
+over:
+    store seq_cst patient = 0
+awake:
+    m = add seq_cst asleep -1
+    l = load acquire lock           # a system call
+    if l == 1 goto again
+    b = load acquire word[1]        # the dead rank's cell, once more
+    if b == 1 goto again
+    store relaxed outcome = 2
+    end
+whole:
+    store relaxed outcome = 1
+""".replace("{look}", LOOK)
+QUIET_RINGER = """
+    store release word[{i}] = 1
+    fence seq_cst                   # SYNC: bell-quiet
+    s = load relaxed asleep         # SYNC: bell-quiet
+    if s == 0 goto out
+    n = add seq_cst bell 1
+    p = load seq_cst patient
+    if p == 0 goto call
+    w = load seq_cst wake_at
+    if n < w goto out
+call:
+    wake bell
+out:
+"""
+
+
+def lacks_a_quiet_rank(survivor: str, window: int = 1, *, mortal: bool = True) -> Model:
+    programs = (
+        parse("survivor", survivor),
+        parse("living", QUIET_RINGER.format(i=0)),
+        parse("mortal", QUIET_RINGER.format(i=1)),
+    )
+    words = ("bell", "asleep", "patient", "wake_at", "outcome", "word[0]", "word[1]")
+    memory = {**dict.fromkeys(words, 0), "lock": 1}
+    final = "outcome == 1 + (word[1] == 0) and asleep == 0 and patient == 0"
+    kills = {"mortal": {"lock": 0}} if mortal else {}
+    return Model(programs, memory, window, kills=kills, final=final, progress=window == 1)
+
+
+def test_a_patient_waiter_of_quiet_ringers_notices_a_death() -> None:
+    """Killed before its cell, between cell and ring, between ring and wake-up, or while the other one rings."""
+    assert check(lacks_a_quiet_rank(QUIET_SURVIVOR)).violation is None
+
+
+def test_while_both_live_no_ring_of_theirs_is_missed() -> None:
+    """So it is the death that the poll interval is for."""
+    deaf = mutate(QUIET_SURVIVOR, " or timeout", "")
+    assert check(lacks_a_quiet_rank(deaf, mortal=False)).violation is None
+    assert check(lacks_a_quiet_rank(deaf)).violation is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("    if b == 1 goto again\n", "", "at the end"),
+        ("l = load acquire lock ", "l := 1 ", "no end"),
+        ("    store seq_cst patient = 0\n", "", "at the end"),
+        (
+            "awake:\n    m = add seq_cst asleep -1",
+            "    m = add seq_cst asleep -1\nawake:",
+            "at the end",
+        ),
+    ],
+    ids=["no-last-look", "never-asks-for-the-lock", "stays-patient", "leaves-its-mark"],
+)
+def test_a_careless_waiter_of_quiet_ringers_is_caught(old: str, new: str, what: str) -> None:
+    violation = check(lacks_a_quiet_rank(mutate(QUIET_SURVIVOR, old, new))).violation
+    assert violation is not None
+    assert what in violation.what
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_a_death_is_noticed_out_of_order_too(window: int) -> None:
+    assert check(lacks_a_quiet_rank(QUIET_SURVIVOR, window)).violation is None
+
+
+def test_the_last_look_comes_behind_the_lock() -> None:
+    """Which a system call sees to; in program order it would not matter."""
+    hasty = mutate(QUIET_SURVIVOR, "l = load acquire lock ", "l = load relaxed lock ")
+    assert check(lacks_a_quiet_rank(hasty, 3)).violation is not None
+    assert check(lacks_a_quiet_rank(hasty)).violation is None
