@@ -9,11 +9,10 @@
 #include "_collectives_rows.h"
 
 #define LANES 3 /* pieces twice, done once */
-#define LANE_DONE 2
+#define LANE_DONE COUNT_LANES
 #define SMALL_BYTES 512 /* up to here a copy costs less than the second meeting that it saves */
 #define STREAM_TOTAL_MIN (512 * 1024) /* a result of so many bytes would push all else out of the caches */
 #define STREAM_BYTES_MIN 4096         /* ... but for pieces that are shorter it takes longer */
-#define WITHDRAWN (1ULL << 62) /* in w2: the giver has given this exchange up */
 #define ANSWER_ME (1ULL << 63) /* in w2: tell the sender when the piece has been pulled */
 
 static void
@@ -217,10 +216,10 @@ alltoall_send(AllToAll *self, uint64_t event_id)
 
 /* ---------------------------------------------------------------- receiving */
 
+/* Turn what waiting has come to into a status; 0 = all are there. */
 static Py_ssize_t
-wait_for(AllToAll *self, Py_ssize_t lane, int num_lanes, uint64_t *found, int64_t until)
+status_of(AllToAll *self, Py_ssize_t awaited)
 {
-    Py_ssize_t awaited = group_await(&self->group, lane, num_lanes, self->event_id, self->state, found, until);
     if (awaited < 0) {
         self->culprit = -1 - awaited;
         return STATUS_MOVED_ON;
@@ -235,11 +234,6 @@ count_pieces(AllToAll *self)
     uint64_t limit = (uint64_t)self->group.shared_bytes, total = 0;
     for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
         uint64_t place = self->found[2 * r] & ~ANSWER_ME, size = self->found[2 * r + 1];
-        if (place == WITHDRAWN) {
-            self->state[r] = MOVED_ON;
-            self->culprit = r;
-            return STATUS_MOVED_ON;
-        }
         if (r != self->group.rank && (size > limit || place > limit - size)) {
             self->culprit = r;
             return STATUS_CORRUPT;
@@ -252,21 +246,6 @@ count_pieces(AllToAll *self)
     }
     self->total = (Py_ssize_t)total;
     self->phase = PHASE_COUNTED;
-    return 0;
-}
-
-/* The cell of `rank` still says what it said before its piece was copied. */
-static int
-still_says(const AllToAll *self, Py_ssize_t rank)
-{
-    for (Py_ssize_t lane = 0; lane < LANE_DONE; lane++) {
-        uint64_t words[CELL_WORDS];
-        if (load_cell(group_cell(&self->group, self->group.rank, rank, lane), words) &&
-            words[1] == self->event_id && words[2] == self->found[2 * rank] &&
-            words[3] == self->found[2 * rank + 1]) {
-            return 1;
-        }
-    }
     return 0;
 }
 
@@ -292,7 +271,7 @@ pull_pieces(AllToAll *self, char *out)
     }
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* SYNC: piece-torn */
     for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
-        if (r != group->rank && !still_says(self, r)) {
+        if (r != group->rank && !group_still_says(group, r, 0, self->event_id, &self->found[2 * r])) {
             self->state[r] = MOVED_ON;
             self->culprit = r;
             return STATUS_MOVED_ON;
@@ -311,7 +290,7 @@ answer_pieces(AllToAll *self)
         Py_ssize_t r = group_other(group, i);
         if (self->found[2 * r] & ANSWER_ME) {
             asked = 1;
-            group_tell(group, r, LANE_DONE, self->event_id, 0, 0);
+            group_tell(group, r, COUNT_LANES, self->event_id, 0, 0);
         }
         self->state[r] = self->pieces[r].place & ANSWER_ME ? AWAITED : ARRIVED;
     }
@@ -327,7 +306,8 @@ alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
     int64_t now = now_ns(), until = deadline - now < self->poll_ns ? deadline : now + self->poll_ns;
     Py_ssize_t status = 0;
     if (self->phase == PHASE_ANNOUNCED) {
-        status = wait_for(self, 0, LANE_DONE, self->found, until);
+        status = status_of(
+            self, group_await(&self->group, 0, COUNT_LANES, self->event_id, self->state, self->found, until));
         status = status == 0 ? count_pieces(self) : status;
     }
     if (status == 0 && self->phase == PHASE_COUNTED) {
@@ -342,7 +322,8 @@ alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
         }
     }
     if (status == 0) {
-        status = wait_for(self, LANE_DONE, 1, self->answers, until);
+        status = status_of(
+            self, group_await_answers(&self->group, 0, self->event_id, self->state, self->answers, until));
     }
     return status == 0 ? self->total : status;
 }

@@ -257,6 +257,23 @@ earlier(int64_t a, int64_t b)
 
 /* ---------------------------------------------------------------- dispatch */
 
+/* Take the announcement of an exchange back that has not ended, before what it points to is staged anew: whoever has not
+ * pulled must not take the next exchange's rows for it, and whoever waits for an answer learns that none will come. */
+static void
+withdraw(Exchange *self, Py_ssize_t microbatch)
+{
+    batch_t *batch = &self->batches[microbatch];
+    group_t *group = &self->group;
+    if (batch->phase >= PHASE_COUNTED) {
+        Py_ssize_t lane = microbatch * LANES + (Py_ssize_t)((batch->num_sent - 1) & 1);
+        for (Py_ssize_t i = 1; i < group->num_ranks; i++) { /* SYNC: piece-torn (w0 = 0 comes before the next row) */
+            group_tell(group, group_other(group, i), lane, batch->event_id, WITHDRAWN, 0);
+        }
+        group_ring(group);
+    }
+    batch->phase = PHASE_NONE;
+}
+
 /* Route and stage x; 0 or STATUS_REFUSED. */
 static Py_ssize_t
 stage(Exchange *self, PyObject *event, PyObject *x, PyObject *topk_idx, Py_ssize_t *microbatch)
@@ -273,11 +290,11 @@ stage(Exchange *self, PyObject *event, PyObject *x, PyObject *topk_idx, Py_ssize
     batch_t *batch = &self->batches[*microbatch];
     Py_ssize_t num_tokens = rows.shape[0], status = STATUS_REFUSED;
     if (num_tokens <= self->max_tokens && topk.shape[0] == num_tokens && batch->rows.obj != NULL) {
-        batch->phase = PHASE_NONE;
         batch->num_tokens = num_tokens;
         memcpy(batch->topk, topk.buf, (size_t)topk.len);
         self->group.busy = 1;
         Py_BEGIN_ALLOW_THREADS
+        withdraw(self, *microbatch);
         FAULT("entered");
         status = exchange_stage(self, *microbatch, rows.buf) < 0 ? STATUS_REFUSED : 0;
         FAULT("staged");
@@ -328,6 +345,22 @@ status_of(Exchange *self, Py_ssize_t awaited)
     return awaited > 0 ? STATUS_WAITING : 0;
 }
 
+/* Whether a source whose rows were pulled has withdrawn them meanwhile; -1, or its rank. */
+static Py_ssize_t
+find_withdrawn(const Exchange *self, Py_ssize_t microbatch)
+{
+    const batch_t *batch = &self->batches[microbatch];
+    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* SYNC: piece-torn */
+    for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
+        const uint64_t *found = &batch->found[2 * r];
+        if (r != self->group.rank && (found[0] & UINT32_MAX) > 0 &&
+            !group_still_says(&self->group, r, microbatch * LANES, batch->event_id, found)) {
+            return r;
+        }
+    }
+    return -1;
+}
+
 /* Wait for the counts and pull; the number of rows, or a status. */
 static Py_ssize_t
 receive(Exchange *self, Py_ssize_t microbatch, int64_t deadline)
@@ -337,13 +370,19 @@ receive(Exchange *self, Py_ssize_t microbatch, int64_t deadline)
     self->group.busy = 1;
     Py_BEGIN_ALLOW_THREADS
     int64_t until = earlier(deadline, now_ns() + self->poll_ns);
-    status = status_of(self, group_await(&self->group, microbatch * LANES, LANE_COMBINE, batch->event_id,
+    status = status_of(self, group_await(&self->group, microbatch * LANES, COUNT_LANES, batch->event_id,
                                          batch->state, batch->found, until));
     if (status == 0) {
         FAULT("counted");
         status = exchange_pull(self, microbatch);
         FAULT("pulled");
-        if (status < 0) {
+        Py_ssize_t withdrawn = find_withdrawn(self, microbatch); /* then its words mean nothing */
+        if (withdrawn >= 0) {
+            batch->state[withdrawn] = MOVED_ON;
+            self->culprit = withdrawn;
+            status = STATUS_MOVED_ON;
+        }
+        else if (status < 0) {
             self->culprit = -1 - status;
             status = STATUS_CORRUPT;
         }
@@ -469,8 +508,8 @@ reduce(Exchange *self, Py_ssize_t microbatch, const float *weights, float *out, 
 {
     batch_t *batch = &self->batches[microbatch];
     int64_t until = earlier(deadline, now_ns() + self->poll_ns);
-    Py_ssize_t status = status_of(self, group_await(&self->group, microbatch * LANES + LANE_COMBINE, 1,
-                                                    batch->event_id, batch->state, batch->found, until));
+    Py_ssize_t status = status_of(self, group_await_answers(&self->group, microbatch * LANES, batch->event_id,
+                                                            batch->state, batch->found, until));
     if (status == 0) {
         FAULT("answered");
         self->culprit = exchange_reduce(self, microbatch, weights, out);

@@ -6,7 +6,7 @@
 #include "_collectives_rows.h"
 
 #define LANES 3 /* of a microbatch: dispatch twice, combine once */
-#define LANE_COMBINE 2
+#define LANE_COMBINE COUNT_LANES
 #define TOP_K_MAX 64
 
 /* How far a microbatch's exchange has come. */

@@ -179,7 +179,7 @@ typedef struct {
     uint64_t *found;
 } wanted_t;
 
-/* Look at one awaited rank's cells, lane after lane. A later event means that it gave this one up only if a second look
+/* Look at one awaited rank's cells, lane after lane. This event withdrawn means that it gave it up. A later event means that it gave this one up only if a second look
  * does not find this one: it may have published both since the lane of this one was looked at. */
 static uint8_t
 look(const group_t *group, const wanted_t *wanted, Py_ssize_t rank)
@@ -192,6 +192,9 @@ look(const group_t *group, const wanted_t *wanted, Py_ssize_t rank)
         FAULT("looked");
         if (!is_whole || words[0] >> COUNTER_BITS != (group->peers[rank].incarnation & 0xFFFFFF)) {
             continue;
+        }
+        if (words[1] == wanted->event_id && words[2] == WITHDRAWN) {
+            return MOVED_ON;
         }
         if (words[1] == wanted->event_id) {
             wanted->found[2 * rank] = words[2];
@@ -416,4 +419,50 @@ group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, u
             sleep_for_cells(group, &wanted, until, &is_signalled);
         }
     }
+}
+
+/* Whether a rank has announced a later event, or withdrawn this one. */
+static int
+has_left(const group_t *group, Py_ssize_t rank, Py_ssize_t counts, uint64_t event_id)
+{
+    for (Py_ssize_t lane = counts; lane < counts + COUNT_LANES; lane++) {
+        uint64_t words[CELL_WORDS];
+        if (load_cell(group_cell(group, group->rank, rank, lane), words) &&
+            words[0] >> COUNTER_BITS == (group->peers[rank].incarnation & 0xFFFFFF) &&
+            ((int64_t)(words[1] - event_id) > 0 || (words[1] == event_id && words[2] == WITHDRAWN))) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+Py_ssize_t
+group_await_answers(group_t *group, Py_ssize_t counts, uint64_t event_id, uint8_t *state, uint64_t *found,
+                    int64_t until)
+{
+    const wanted_t wanted = {counts + COUNT_LANES, 1, event_id, state, found};
+    Py_ssize_t awaited = group_await(group, wanted.lane, 1, event_id, state, found, until);
+    if (awaited <= 0) {
+        return awaited;
+    }
+    for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
+        /* Who has answered may be at the next event. Its answer came before that, so it is seen by a look behind. */
+        if (state[r] == AWAITED && has_left(group, r, counts, event_id)) {
+            state[r] = look(group, &wanted, r) == ARRIVED ? ARRIVED : MOVED_ON;
+        }
+    }
+    return look_at_all(group, &wanted);
+}
+
+int
+group_still_says(const group_t *group, Py_ssize_t rank, Py_ssize_t counts, uint64_t event_id, const uint64_t *found)
+{
+    for (Py_ssize_t lane = counts; lane < counts + COUNT_LANES; lane++) {
+        uint64_t words[CELL_WORDS];
+        if (load_cell(group_cell(group, group->rank, rank, lane), words) && words[1] == event_id &&
+            words[2] == found[0] && words[3] == found[1]) {
+            return 1;
+        }
+    }
+    return 0;
 }

@@ -7,6 +7,9 @@
 #define COUNTER_BITS 40
 #define COUNTER_MASK ((1ULL << COUNTER_BITS) - 1)
 
+#define COUNT_LANES 2           /* a rank announces on these in turn, beginning at a lane that the caller names */
+#define WITHDRAWN (1ULL << 62) /* in w2 of an announcement: its writer has given that event up */
+
 #define PLACE_OFFSET 264 /* u32: 1 + the core on which the owner of the segment waits, 0 = not known */
 
 /* What a rank is to a waiter. */
@@ -67,6 +70,14 @@ void group_ring(group_t *group);
  * is not needed. */
 Py_ssize_t group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state,
                        uint64_t *found, int64_t until);
+
+/* The same for answers on lane `counts` + COUNT_LANES. When `until` has come, a rank has MOVED_ON as well if its
+ * announcements, from lane `counts` on, say that no answer will come. */
+Py_ssize_t group_await_answers(group_t *group, Py_ssize_t counts, uint64_t event_id, uint8_t *state, uint64_t *found,
+                               int64_t until);
+
+/* An announcement of `rank`, from lane `counts` on, still has these w1, w2 and w3. */
+int group_still_says(const group_t *group, Py_ssize_t rank, Py_ssize_t counts, uint64_t event_id, const uint64_t *found);
 
 /* _collectives_spread.c: say on which core this rank runs, and now and then, when too many ranks of the group share it,
  * move to one with fewer. */

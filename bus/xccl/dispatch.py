@@ -18,10 +18,10 @@ y is: for experts that have read a row when they write its result. Blocks, cells
 
 Who may overwrite what: a rank stages anew in a microbatch after its combine, hence after every rank that had rows of it
 answered, hence pulled; a rank that announced nothing to us is not read. It writes y anew after all counts of
-the next dispatch came, hence after every peer's combine. After an error the exchange is abandoned: the next
-one (a higher attempt or step) uses the other lane; who sees a later event than the awaited one raises
-EventMismatch. What a late peer pulls then is checked like everything else, and its answer carries the old
-event. Twin: `bus.xccl.reference.dispatch_combine`.
+the next dispatch came, hence after every peer's combine. After an error the exchange is abandoned: the next one (a
+higher attempt or step) uses the other lane, and withdraws this one before it stages. EventMismatch is what a peer
+raises that awaits a count or an answer of a rank that withdrew or shows a later event, or that finds the count
+withdrawn after it has pulled. Twin: `bus.xccl.reference.dispatch_combine`.
 """
 
 from __future__ import annotations

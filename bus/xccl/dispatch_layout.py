@@ -14,9 +14,9 @@ negotiated later:
     +-----------------------------+
 
 Cells: three lanes per (peer, microbatch): dispatch counts alternate between lanes 0 and 1, answers use lane 2. w0 is a
-stamp (incarnation, count of writes), w1 the event id, w2 = first pair << 32 | pairs, w3 = tokens. Two lanes,
-because a rank that had nothing for us may finish the exchange and begin the next of that microbatch before we
-have looked; it cannot get further, since its next dispatch waits for our count.
+stamp (incarnation, count of writes), w1 the event id, w2 = first pair << 32 | pairs (or 1 << 62: withdrawn), w3 =
+tokens. Two lanes, because a rank that had nothing for us may finish the exchange and begin the next of that microbatch
+before we have looked; it cannot get further, since its next dispatch waits for our count.
 """
 
 from __future__ import annotations

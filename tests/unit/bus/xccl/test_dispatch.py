@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bus.clock import Deadline
-from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, Truncated
+from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, Truncated, XcclError
 from bus.memory import _native
 from bus.xccl.dispatch_layout import DispatchResult, DispatchShape
 from bus.xccl.endpoint import Rank
@@ -284,6 +284,43 @@ def test_a_rank_that_moved_on_is_not_waited_for(world: DispatchWorld, inputs: li
         world.ranks[0].dispatch(
             inputs[0].x, inputs[0].topk_idx, event=Event(1, 0), deadline=Deadline.after_ms(9_000)
         )
+
+
+def late(
+    world: DispatchWorld, inputs: list[Routed], rank: int, event: Event
+) -> tuple[type[BaseException], str]:
+    """Exchange on a rank that comes late; return the error and whom it names."""
+    with pytest.raises(XcclError) as caught:
+        world.one(rank, inputs[rank], event)
+    return caught.type, caught.value.peer
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_rows_that_were_withdrawn_are_not_taken(
+    world: DispatchWorld, inputs: list[Routed], is_announced: bool
+) -> None:
+    """Rank 1 has staged the next event, with other rows, when the others come to the one that it gave up."""
+    with pytest.raises(PeerStalled, match="peer expert-0,expert-2"):
+        world.ranks[1].dispatch(inputs[1].x, inputs[1].topk_idx, event=Event(1, 0), deadline=soon())
+    world.ranks[1]._stage(inputs[1].x[::-1].copy(), inputs[1].topk_idx, Event(1, 0, attempt=2))
+    if is_announced:
+        world.ranks[1]._announce(Event(1, 0, attempt=2))
+    found = world.each(lambda r: late(world, inputs, r, Event(1, 0)) if r != 1 else None)
+    assert found == [(EventMismatch, "expert-1"), None, (EventMismatch, "expert-1")]
+
+
+def test_an_answer_that_will_not_come_is_not_waited_for(world: DispatchWorld, inputs: list[Routed]) -> None:
+    """Rank 1 leaves between dispatch and combine, the others have gone on to wait for its rows."""
+
+    def one(rank: int) -> tuple[type[BaseException], str] | None:
+        if rank != 1:
+            return late(world, inputs, rank, Event(1, 0))
+        deadline = Deadline.after_ms(9_000)
+        world.ranks[1].dispatch(inputs[1].x, inputs[1].topk_idx, event=Event(1, 0), deadline=deadline)
+        world.ranks[1]._stage(inputs[1].x, inputs[1].topk_idx, Event(1, 0, attempt=2))
+        return None
+
+    assert world.each(one) == [(EventMismatch, "expert-1"), None, (EventMismatch, "expert-1")]
 
 
 def test_an_unknown_rank_is_named(world: DispatchWorld, inputs: list[Routed]) -> None:
