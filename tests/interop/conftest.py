@@ -44,8 +44,15 @@ class Peer:
 
     def go_on(self) -> None:
         """Let it begin, or end, if it is one that waits for that."""
+        self._write("")
+
+    def tell(self, what: str, **fields: object) -> None:
+        """Give it something to do, if it is one that obeys."""
+        self._write(json.dumps({"do": what, **fields}))
+
+    def _write(self, line: str) -> None:
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
+        print(line, file=self.process.stdin, flush=True)
 
     def finish(self) -> None:
         """Take its last words: nothing of ours was imported, and it ended well."""

@@ -1,7 +1,7 @@
 """A second implementation of the bus, after bus/README.md: segments, cells, doorbells, rings.
 
-Nothing of `bus` is imported; what a peer needs to know is in that page, or the page has a gap. second_p2p.py
-and second_a2e.py build on this file.
+Nothing of `bus` is imported; what a peer needs to know is in that page, or the page has a gap. The other
+second_*.py build on this file.
 
 Memory order without fences. A shared word is read and written through `memoryview.cast("Q")` or `("I")`, whose
 items CPython copies with a memcpy of constant size, which is one move instruction; the native `struct` formats
@@ -37,7 +37,7 @@ MAGIC = int.from_bytes(b"XDSSEG\r\n", "little")
 VERSION = 1
 PAGE = 4096
 CELL = 64
-SEQ, SLEEPERS, HEARTBEAT, READY = 128, 132, 256, 384
+SEQ, SLEEPERS, PATIENT, WAKE_AT, HEARTBEAT, READY = 128, 132, 136, 140, 256, 384
 HEADER = struct.Struct("=QII16sIIQ")  # up to byte 48
 AREAS = struct.Struct("=7Q")
 COUNTER_BITS = 40
@@ -70,7 +70,7 @@ class PeerStalled(BusError):
 
 
 class EventMismatch(BusError):
-    """The next message carries another event id; it stays."""
+    """The next message carries another event id, and stays; or a rank has moved on to a later event."""
 
     name = "EventMismatch"
 
@@ -249,21 +249,50 @@ class Segment:
         """Add 1 to seq and wake whoever sleeps: one system call, which wakes even if `sleepers` is 0."""
         self._add(SEQ, 1, _INT_MAX)
 
+    def fence(self) -> None:
+        """Order all before and all behind it (seq_cst): an addition of 0 is a locked instruction too."""
+        self._add(SLEEPERS, 0, 0)
+
+    def ring_sleepers(self) -> None:
+        """Ring where somebody is marked as asleep; a fence lies between the cells and this."""
+        if self.u32[SLEEPERS // 4] != 0:
+            self.ring()
+
     def sleep(self, seen: int, timeout_s: float) -> bool:
         """Wait until seq differs from `seen`; False when the time is over."""
-        until = time.monotonic() + timeout_s
         self._add(SLEEPERS, 1, 0)
         try:
-            while self.seq() == seen:
-                left = until - time.monotonic()
-                if left <= 0:
-                    return False
-                timeout = (ctypes.c_long * 2)(int(left), int(left % 1 * 1e9))
-                at = ctypes.c_void_p(self._address + SEQ)
-                self._futex(at, _WAIT, ctypes.c_uint(seen), timeout, ctypes.c_void_p(0), 0)
-            return True
+            return self._sleep_until(lambda seq: seq != seen, timeout_s)
         finally:
             self._add(SLEEPERS, -1, 0)
+
+    def sleep_for(self, num_missing: Callable[[], int], timeout_s: float) -> bool:
+        """Wait as one for whom only sleepers are rung: mark, read seq, look again, be patient. False: time is over."""
+        self._add(SLEEPERS, 1, 0)  # which is the fence as well
+        try:
+            seen = self.seq()
+            missing = num_missing()
+            if missing == 0:
+                return True
+            self.u32[WAKE_AT // 4] = (seen + missing) % 2**32
+            self.u32[PATIENT // 4] = 1
+            try:
+                return self._sleep_until(lambda seq: (seq - seen) % 2**32 >= missing, timeout_s)
+            finally:
+                self.u32[PATIENT // 4] = 0
+        finally:
+            self._add(SLEEPERS, -1, 0)
+
+    def _sleep_until(self, is_over: Callable[[int], bool], timeout_s: float) -> bool:
+        until = time.monotonic() + timeout_s
+        at = ctypes.c_void_p(self._address + SEQ)
+        while not is_over(seq := self.seq()):
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            timeout = (ctypes.c_long * 2)(int(left), int(left % 1 * 1e9))
+            self._futex(at, _WAIT, ctypes.c_uint(seq), timeout, ctypes.c_void_p(0), 0)
+        return True
 
 
 def check_header(name: str, head: bytes, file_bytes: int) -> None:
