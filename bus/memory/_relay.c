@@ -123,104 +123,38 @@ drop_peer(peer_t *peer)
     peer->absent = 0;
 }
 
+/* Ring for a waiter. One that lacks several rings need not be woken before as many have come. */
 static void
-ring_peer(char *segment)
+ring_peer(uint32_t *bell, int how)
 {
-    uint32_t *words = (uint32_t *)(segment + DOORBELL_OFFSET);
-    uint32_t seq = __atomic_add_fetch(&words[0], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
-    if (__atomic_load_n(&words[1], __ATOMIC_SEQ_CST) == 0) {           /* SYNC: doorbell */
+    if (how == RING_SLEEPERS) {
+        /* Either we see the sleeper's mark, or the sleeper, which looks once more behind its mark, sees the cell. */
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);                   /* SYNC: bell-quiet */
+        if (__atomic_load_n(&bell[1], __ATOMIC_RELAXED) == 0) {    /* SYNC: bell-quiet */
+            return;
+        }
+    }
+    uint32_t seq = __atomic_add_fetch(&bell[0], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell, SYNC: word */
+    if (__atomic_load_n(&bell[1], __ATOMIC_SEQ_CST) == 0) {           /* SYNC: doorbell */
         return;
     }
-    /* A waiter that lacks several rings need not be woken before as many have come. */
-    int patient = __atomic_load_n(&words[2], __ATOMIC_SEQ_CST) != 0;
-    if (!patient || (int32_t)(seq - __atomic_load_n(&words[3], __ATOMIC_SEQ_CST)) >= 0) {
-        wake_sleepers(&words[0], INT_MAX);
+    int is_patient = __atomic_load_n(&bell[2], __ATOMIC_SEQ_CST) != 0;
+    if (!is_patient || (int32_t)(seq - __atomic_load_n(&bell[3], __ATOMIC_SEQ_CST)) >= 0) {
+        wake_sleepers(&bell[0], INT_MAX);
     }
 }
 
 uint64_t
 push_cell(const peer_t *peer, Py_ssize_t cell, uint64_t incarnation, uint64_t *writes, uint64_t event_id, uint64_t w2,
-          uint64_t w3)
+          uint64_t w3, int how)
 {
     uint64_t stamp = (incarnation & INCARNATION_MASK) << COUNTER_BITS | (++*writes & ((1ULL << COUNTER_BITS) - 1));
     const uint64_t words[CELL_WORDS] = {stamp, event_id, w2, w3};
     store_cell(cell_at(peer, cell), words); /* SYNC: cell-whole (blocks written before are visible to its reader) */
     FAULT("published");
-    ring_peer(peer->base);
+    ring_peer((uint32_t *)(peer->base + DOORBELL_OFFSET), how);
     FAULT("rung");
     return stamp;
-}
-
-/* ---------------------------------------------------------------- waiting */
-
-static void
-learn(waiter_t *waiter, int64_t burst, int won)
-{
-    if (won) {
-        waiter->spin_ns = 2 * burst < waiter->spin_ns_max ? 2 * burst : waiter->spin_ns_max;
-    }
-    else {
-        waiter->spin_ns = burst / 2 > waiter->spin_ns_max / 16 ? burst / 2 : 0;
-    }
-}
-
-static int
-poll_bell(uint32_t *bell, uint32_t seen, int64_t until)
-{
-    for (int round = 0;; round++) {
-        if (__atomic_load_n(bell, __ATOMIC_ACQUIRE) != seen) { /* SYNC: word */
-            return 1;
-        }
-        if (round < RELAX_ROUNDS) {
-            cpu_relax();
-            continue;
-        }
-        sched_yield();
-        if (now_ns() >= until) {
-            return __atomic_load_n(bell, __ATOMIC_ACQUIRE) != seen; /* SYNC: word */
-        }
-    }
-}
-
-static int
-sleep_on_bell(uint32_t *bell, uint32_t seen, uint32_t rings, int64_t until)
-{
-    struct timespec at = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
-    __atomic_store_n(&bell[3], seen + rings, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&bell[2], rings > 1, __ATOMIC_SEQ_CST);
-    __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-    uint32_t now = __atomic_load_n(bell, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-    if ((int32_t)(now - (seen + rings)) < 0) {
-        syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, now, &at, NULL, FUTEX_BITSET_MATCH_ANY);
-    }
-    __atomic_fetch_sub(&bell[1], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
-    __atomic_store_n(&bell[2], 0, __ATOMIC_SEQ_CST);
-    return __atomic_load_n(bell, __ATOMIC_ACQUIRE) != seen; /* SYNC: word */
-}
-
-int
-await_ring(waiter_t *waiter, uint32_t *bell, uint32_t seen, uint32_t rings, int64_t until)
-{
-    if (__atomic_load_n(bell, __ATOMIC_ACQUIRE) != seen) { /* SYNC: word */
-        return 1;
-    }
-    int64_t burst = waiter->spin_ns;
-    if (++waiter->waits % PROBE_EVERY == 0 && burst == 0) {
-        burst = waiter->spin_ns_max;
-    }
-    if (burst > 0) {
-        int64_t now = now_ns(), end = deadline_after(now, burst);
-        int won = poll_bell(bell, seen, end < until ? end : until);
-        learn(waiter, burst, won);
-        if (won) {
-            return 1;
-        }
-    }
-    if (now_ns() >= until) {
-        return 0;
-    }
-    waiter->sleeps++;
-    return sleep_on_bell(bell, seen, rings, until);
 }
 
 /* ---------------------------------------------------------------- module */

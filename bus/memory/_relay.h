@@ -13,7 +13,7 @@
 #define COUNTER_BITS 40
 #define INCARNATION_MASK 0xFFFFFFULL
 #define FAILED (1ULL << 63)
-#define PROBE_EVERY 64 /* a burst that has shrunk to nothing is tried again once in so many waits */
+#define PLACE_AT 32 /* u32 behind a direct cell of microbatch 0: 1 + the core on which its writer last polled */
 #define SLOTS_MAX 64
 
 typedef struct {
@@ -33,11 +33,47 @@ typedef struct {
     int absent; /* it is known not to live: nothing is sent there until the address table says otherwise */
 } peer_t;
 
-/* How long to poll before sleeping; learned as in memory/wait.py. */
+/* What a waiter has learned about one way of polling. */
 typedef struct {
-    int64_t spin_ns, spin_ns_max;
-    uint64_t waits, sleeps;
+    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
+    uint32_t interval; /* waits between two probes while the score is low */
+    uint64_t probe_at; /* the wait that probes next */
+} habit_t;
+
+typedef struct {
+    habit_t relax, yield;
+    int64_t yield_ns;   /* burst of yielding where nothing better is known; 0 = sleep at once */
+    int64_t typical_ns; /* how long waits take, a moving average */
+    int is_shared;      /* another rank was last seen on this core: a pause would hold it up */
+    uint32_t place;     /* 1 + the core on which this rank last polled, as it was told to peers */
+    int64_t spread_at, spread_ns; /* when to count ranks, how long after that again */
+    uint64_t waits, sleeps, moves;
 } waiter_t;
+
+/* Whether a cell was written since its w0 was `seen`. One that is being written is none yet: its writer may have died. */
+static inline int
+has_news(const uint64_t *cell, uint64_t seen)
+{
+    uint64_t word = __atomic_load_n(&cell[0], __ATOMIC_RELAXED); /* `load_cell` follows */
+    return word != seen && word != 0;
+}
+
+/* What is polled: a cell whose w0 differs from `word`, or, without a cell, a doorbell whose seq differs from `seq`. */
+typedef struct {
+    const uint64_t *cell;
+    uint64_t word;
+    const uint32_t *bell;
+    uint32_t seq;
+} awaited_t;
+
+/* Who shares the cores: ranks of the own kind, and those of the other kind, which are mapped. */
+typedef struct {
+    const peer_t *own, *peers;
+    Py_ssize_t num_own, num_peers;
+    int makes_up; /* the own kind evens out what the other leaves uneven */
+} crowd_t;
+
+enum { RING_ALWAYS, RING_SLEEPERS };
 
 /* ---------------------------------------------------------------- geometry */
 
@@ -129,15 +165,34 @@ stamped_by(uint64_t word, uint64_t incarnation)
 /* args: buf, incarnation, cells_offset, managed_offset of a segment that must hold so many cells and bytes. */
 int open_peer(PyObject *const *args, Py_ssize_t num_cells, Py_ssize_t num_bytes, peer_t *peer);
 void drop_peer(peer_t *peer);
+/* Write a cell at `peer` and ring: expert ranks always, attention ranks, which poll their cells, if they may sleep. */
 uint64_t push_cell(const peer_t *peer, Py_ssize_t cell, uint64_t incarnation, uint64_t *writes, uint64_t event_id,
-                   uint64_t w2, uint64_t w3);
+                   uint64_t w2, uint64_t w3, int how);
 int parse_index(PyObject *object, const char *name, Py_ssize_t limit, Py_ssize_t *out);
 
 /* ---------------------------------------------------------------- waiting */
 
-/* Poll, then sleep, until the doorbell differs from `seen` or until `until`. `rings` is how many rings the waiter lacks: it
- * need not be woken before. Returns 1 when it differs, 0 at the time limit or after a signal. Call without the GIL. */
-int await_ring(waiter_t *waiter, uint32_t *bell, uint32_t seen, uint32_t rings, int64_t until);
+/* All without the GIL. `yield_ns`: how long to yield the core at least, 0 = never poll. */
+void waiter_init(waiter_t *waiter, int64_t yield_ns);
+
+/* Poll as long as that pays; returns whether it is there. */
+int poll_for(waiter_t *waiter, const awaited_t *awaited, int64_t until);
+
+/* Note how long a wait took; a long one says little more than that it was long. */
+void learn_duration(waiter_t *waiter, int64_t duration);
+
+/* Whoever looks for news between these two, finds none and sleeps is rung for when some come. */
+void mark_asleep(uint32_t *bell);
+void mark_awake(uint32_t *bell);
+
+/* Sleep until `rings` rings have come after `seen`; 0 at the time limit or after a signal. Between the marks. */
+int sleep_for(waiter_t *waiter, uint32_t *bell, uint32_t seen, uint32_t rings, int64_t until);
+
+/* _relay_spread.c: say on which core this rank polls, and now and then, when too many ranks share it, move. */
+void spread(waiter_t *waiter, const crowd_t *crowd, const geometry_t *g);
+
+/* Tell a peer that has just been mapped. */
+void say_place(const crowd_t *crowd, const geometry_t *g, const peer_t *peer, uint32_t place);
 
 extern PyType_Spec attention_end_spec, expert_end_spec;
 

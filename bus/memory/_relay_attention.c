@@ -42,7 +42,7 @@ AttentionEnd_init(AttentionEnd *self, PyObject *args, PyObject *kwargs)
         PyErr_Format(PyExc_ValueError, "rank: %zd must be in 0..%zd, spin_ns at least 0", g->rank, g->num_attention - 1);
         return -1;
     }
-    self->waiter.spin_ns = self->waiter.spin_ns_max = spin_ns;
+    waiter_init(&self->waiter, spin_ns);
     self->experts = PyMem_Calloc((size_t)g->num_experts, sizeof *self->experts);
     self->exchanges = PyMem_Calloc((size_t)g->num_microbatches, sizeof *self->exchanges);
     self->seen = PyMem_Calloc((size_t)attention_cells(g), sizeof *self->seen);
@@ -90,6 +90,8 @@ AttentionEnd_set_peer(AttentionEnd *self, PyObject *const *args, Py_ssize_t narg
         open_peer(args + 1, expert_cells(&self->g), expert_bytes(&self->g), &self->experts[expert]) < 0) {
         return NULL;
     }
+    crowd_t crowd = crowd_of(self);
+    say_place(&crowd, &self->g, &self->experts[expert], self->waiter.place);
     Py_RETURN_NONE;
 }
 
@@ -121,11 +123,12 @@ AttentionEnd_close(AttentionEnd *self, PyObject *const *args, Py_ssize_t nargs)
 static PyObject *
 AttentionEnd_counters(AttentionEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return Py_BuildValue("{sKsKsKsKsKsK}", "a2e_cell_writes", (unsigned long long)self->writes, "direct_exchanges",
+    return Py_BuildValue("{sKsKsKsKsKsKsK}", "a2e_cell_writes", (unsigned long long)self->writes, "direct_exchanges",
                          (unsigned long long)self->by_route[0], "trampoline_exchanges",
                          (unsigned long long)self->by_route[1], "bytes_sent",
                          (unsigned long long)self->bytes_staged, "dropped", (unsigned long long)self->dropped,
-                         "sleeps", (unsigned long long)self->waiter.sleeps);
+                         "sleeps", (unsigned long long)self->waiter.sleeps, "moves",
+                         (unsigned long long)self->waiter.moves);
 }
 
 #define METHOD(name, doc) {#name, (PyCFunction)(void (*)(void))AttentionEnd_##name, METH_FASTCALL, doc}
@@ -143,7 +146,7 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, "AttentionEnd(geometry, (buf, incarnation, cells_offset, managed_offset), spin_ns_max)."},
+    {Py_tp_doc, "AttentionEnd(geometry, (buf, incarnation, cells_offset, managed_offset), spin_ns)."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, AttentionEnd_init},
     {Py_tp_dealloc, AttentionEnd_dealloc},

@@ -10,8 +10,7 @@ enum { ROUTE_DIRECT = 0, ROUTE_TRAMPOLINE = 1 };
 typedef struct {
     uint64_t token; /* serial number of the exchange, 0: there was none */
     uint64_t event_id;
-    int open, route, has_looked;
-    uint32_t bell_seen; /* when the cells were last looked at */
+    int open, route;
     Py_ssize_t num_rows, num_pairs, num_pending;
     int32_t *rank;     /* [rows * slots] expert rank, -1 = none */
     int32_t *position; /* [rows * slots] place among the pairs */
@@ -34,6 +33,12 @@ typedef struct {
     uint64_t by_route[2];
     int ready, busy;
 } AttentionEnd;
+
+static inline crowd_t
+crowd_of(const AttentionEnd *self)
+{
+    return (crowd_t){&self->own, self->experts, self->g.num_attention, self->g.num_experts, 0};
+}
 
 static inline int
 enter_attention(const AttentionEnd *self, const char *name, Py_ssize_t given, Py_ssize_t wanted)

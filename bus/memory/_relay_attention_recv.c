@@ -72,18 +72,23 @@ reduce(const AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, con
     }
 }
 
+static inline Py_ssize_t
+answer_cell(const AttentionEnd *self, const exchange_t *e, Py_ssize_t expert, Py_ssize_t microbatch)
+{
+    const geometry_t *g = &self->g;
+    return (e->route == ROUTE_DIRECT ? expert : g->num_experts) * g->num_microbatches + microbatch;
+}
+
 /* Look at the cell of an awaited expert rank: COMPLETE when it has answered. */
 static outcome_t
 look(AttentionEnd *self, const exchange_t *e, Py_ssize_t expert, Py_ssize_t microbatch)
 {
-    const geometry_t *g = &self->g;
     outcome_t outcome = {PENDING, expert, 0};
     int direct = e->route == ROUTE_DIRECT;
-    Py_ssize_t index = (direct ? expert : g->num_experts) * g->num_microbatches + microbatch;
+    Py_ssize_t index = answer_cell(self, e, expert, microbatch);
     const uint64_t *cell = cell_at(&self->own, index);
     uint64_t words[CELL_WORDS];
-    if (__atomic_load_n(&cell[0], __ATOMIC_RELAXED) == self->seen[index] ||
-        !load_cell(cell, words) || words[0] == self->seen[index]) { /* SYNC: cell-whole */
+    if (!has_news(cell, self->seen[index]) || !load_cell(cell, words)) { /* SYNC: cell-whole */
         return outcome;
     }
     self->seen[index] = words[0];
@@ -149,25 +154,54 @@ take_answers(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, const flo
     return outcome;
 }
 
+/* How many of the awaited expert ranks have written nothing since their cells were last looked at. */
+static Py_ssize_t
+count_silent(const AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch)
+{
+    Py_ssize_t num = 0;
+    for (Py_ssize_t i = 0; i < e->num_pending; i++) {
+        Py_ssize_t index = answer_cell(self, e, e->pending[i], microbatch);
+        num += !has_news(cell_at(&self->own, index), self->seen[index]);
+    }
+    return num;
+}
+
+/* Poll for one of the answers that are awaited, since all are needed, then sleep until all of them have come. Returns
+ * whether to look again: 0 at the time limit, and after a signal, for Python to run its handlers. */
+static int
+await_answers(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, int64_t until)
+{
+    Py_ssize_t index = answer_cell(self, e, e->pending[e->num_pending - 1], microbatch);
+    const awaited_t awaited = {.cell = cell_at(&self->own, index), .word = self->seen[index]};
+    crowd_t crowd = crowd_of(self);
+    spread(&self->waiter, &crowd, &self->g);
+    if (poll_for(&self->waiter, &awaited, until)) {
+        return 1;
+    }
+    uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
+    int goes_on = 1;
+    mark_asleep(bell);
+    uint32_t seen = __atomic_load_n(bell, __ATOMIC_ACQUIRE); /* SYNC: word */
+    if (count_silent(self, e, microbatch) == e->num_pending) {
+        goes_on = sleep_for(&self->waiter, bell, seen, (uint32_t)e->num_pending, until);
+    }
+    mark_awake(bell);
+    return goes_on;
+}
+
 static outcome_t
 receive(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, const float *weights, float *out, int64_t timeout)
 {
-    uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
-    int64_t until = timeout > 0 ? deadline_after(now_ns(), timeout) : 0;
-    for (;;) {
-        uint32_t seen = __atomic_load_n(bell, __ATOMIC_ACQUIRE); /* SYNC: word */
-        outcome_t outcome = {PENDING, -1, 0};
-        /* Every cell is followed by a ring, but for the last one of a rank that dies: without time, look all the same. */
-        if (!e->has_looked || seen != e->bell_seen || timeout == 0) {
-            e->bell_seen = seen;
-            e->has_looked = 1;
-            outcome = take_answers(self, e, microbatch, weights, out);
-        }
-        if (outcome.code != PENDING || timeout == 0 ||
-            !await_ring(&self->waiter, bell, seen, (uint32_t)e->num_pending, until)) {
-            return outcome;
-        }
+    outcome_t outcome = take_answers(self, e, microbatch, weights, out);
+    if (outcome.code != PENDING || timeout == 0) {
+        return outcome;
     }
+    int64_t begin = now_ns(), until = deadline_after(begin, timeout);
+    while (outcome.code == PENDING && now_ns() < until && await_answers(self, e, microbatch, until)) {
+        outcome = take_answers(self, e, microbatch, weights, out);
+    }
+    learn_duration(&self->waiter, now_ns() - begin);
+    return outcome;
 }
 
 static PyObject *

@@ -142,7 +142,7 @@ tell(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch)
         const peer_t *peer = &self->experts[r];
         e->life[r] = peer->incarnation;
         e->asked[r] = push_cell(peer, group * g->num_microbatches + microbatch, self->own.incarnation, &self->writes,
-                                e->event_id, extent, (uint64_t)e->num_rows);
+                                e->event_id, extent, (uint64_t)e->num_rows, RING_ALWAYS);
     }
 }
 
@@ -189,7 +189,6 @@ send_rows(AttentionEnd *self, Py_buffer *views, uint64_t event_id, Py_ssize_t mi
         self->busy = 0;
     }
     self->by_route[route]++;
-    e->has_looked = 0;
     e->open = 1;
     e->token = ++self->tokens;
     return PyLong_FromUnsignedLongLong(e->token);

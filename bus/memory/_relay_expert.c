@@ -48,7 +48,7 @@ ExpertEnd_init(ExpertEnd *self, PyObject *args, PyObject *kwargs)
         PyErr_Format(PyExc_ValueError, "rank: %zd must be in 0..%zd, spin_ns at least 0", g->rank, g->num_experts - 1);
         return -1;
     }
-    self->waiter.spin_ns = self->waiter.spin_ns_max = spin_ns;
+    waiter_init(&self->waiter, spin_ns);
     self->must_scan = 1;
     self->attention = PyMem_Calloc((size_t)g->num_attention, sizeof *self->attention);
     self->experts = PyMem_Calloc((size_t)g->num_experts, sizeof *self->experts);
@@ -167,6 +167,10 @@ set_peer(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs, int of_attent
     Py_ssize_t cells = of_attention ? attention_cells(g) : expert_cells(g);
     if (open_peer(args + 1, cells, of_attention ? attention_bytes(g) : expert_bytes(g), peer) < 0) {
         return NULL;
+    }
+    if (of_attention) {
+        crowd_t crowd = crowd_of(self);
+        say_place(&crowd, g, peer, self->waiter.place);
     }
     Py_RETURN_NONE;
 }
@@ -375,8 +379,7 @@ scan(ExpertEnd *self, found_t *found)
     for (Py_ssize_t i = 0; i < num; i++) {
         const uint64_t *cell = cell_at(&self->own, i);
         uint64_t words[CELL_WORDS];
-        if (__atomic_load_n(&cell[0], __ATOMIC_RELAXED) == self->seen[i] ||
-            !load_cell(cell, words) || words[0] == self->seen[i]) { /* SYNC: cell-whole */
+        if (!has_news(cell, self->seen[i]) || !load_cell(cell, words)) { /* SYNC: cell-whole */
             continue;
         }
         self->seen[i] = words[0];
@@ -480,8 +483,30 @@ ExpertEnd_commit(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     FAULT("answering");
     self->by_stage[place.kind == FORWARD ? 1 : 2]++;
     push_cell(writer, group * g->num_microbatches + place.microbatch, self->own.incarnation, &self->writes,
-              slot->event_id, (uint64_t)slot->count, word);
+              slot->event_id, (uint64_t)slot->count, word, place.kind == FORWARD ? RING_ALWAYS : RING_SLEEPERS);
     Py_RETURN_TRUE;
+}
+
+/* Poll, then sleep, until the doorbell has rung since the last poll began; 0 at the time limit or after a signal. */
+static int
+await_ring(ExpertEnd *self, int64_t timeout)
+{
+    uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
+    const awaited_t awaited = {.bell = bell, .seq = self->bell_seen};
+    if (__atomic_load_n(bell, __ATOMIC_ACQUIRE) != self->bell_seen) { /* SYNC: word */
+        return 1;
+    }
+    int64_t begin = now_ns(), until = deadline_after(begin, timeout);
+    crowd_t crowd = crowd_of(self);
+    spread(&self->waiter, &crowd, &self->g);
+    int rung = poll_for(&self->waiter, &awaited, until);
+    if (!rung && now_ns() < until) {
+        mark_asleep(bell);
+        rung = sleep_for(&self->waiter, bell, self->bell_seen, 1, until);
+        mark_awake(bell);
+    }
+    learn_duration(&self->waiter, now_ns() - begin);
+    return rung;
 }
 
 /* wait(timeout_ns) -> whether someone has rung since the last poll began. */
@@ -495,8 +520,7 @@ ExpertEnd_wait(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     int rung;
     self->busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);
-    rung = await_ring(&self->waiter, bell, self->bell_seen, 1, deadline_after(now_ns(), (int64_t)timeout));
+    rung = await_ring(self, (int64_t)timeout);
     Py_END_ALLOW_THREADS
     self->busy = 0;
     return PyBool_FromLong(rung);
@@ -505,11 +529,11 @@ ExpertEnd_wait(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 static PyObject *
 ExpertEnd_counters(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return Py_BuildValue("{sKsKsKsKsKsK}", "a2e_forward_cell_writes", (unsigned long long)self->by_stage[0],
+    return Py_BuildValue("{sKsKsKsKsKsKsK}", "a2e_forward_cell_writes", (unsigned long long)self->by_stage[0],
                          "e2a_forward_cell_writes", (unsigned long long)self->by_stage[1], "e2a_cell_writes",
                          (unsigned long long)self->by_stage[2], "relays_open", (unsigned long long)self->num_relays,
                          "dropped", (unsigned long long)self->dropped, "sleeps",
-                         (unsigned long long)self->waiter.sleeps);
+                         (unsigned long long)self->waiter.sleeps, "moves", (unsigned long long)self->waiter.moves);
 }
 
 static PyObject *
@@ -542,7 +566,7 @@ static PyGetSetDef getset[] = {
 };
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, "ExpertEnd(geometry, (buf, incarnation, cells_offset, managed_offset), spin_ns_max)."},
+    {Py_tp_doc, "ExpertEnd(geometry, (buf, incarnation, cells_offset, managed_offset), spin_ns)."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, ExpertEnd_init},
     {Py_tp_dealloc, ExpertEnd_dealloc},

@@ -47,6 +47,12 @@ typedef struct {
     uint64_t by_stage[3]; /* a2e_forward, e2a_forward, e2a */
 } ExpertEnd;
 
+static inline crowd_t
+crowd_of(const ExpertEnd *self)
+{
+    return (crowd_t){&self->own, self->attention, self->g.num_experts, self->g.num_attention, 1};
+}
+
 static inline int
 enter_expert(const ExpertEnd *self, const char *name, Py_ssize_t given, Py_ssize_t wanted)
 {

@@ -16,7 +16,7 @@ finish(ExpertEnd *self, Py_ssize_t seat, Py_ssize_t microbatch, uint64_t w2)
     }
     self->by_stage[2]++;
     push_cell(guest, g->num_experts * g->num_microbatches + microbatch, self->own.incarnation, &self->writes,
-              relay->event_id, w2, relay->echo);
+              relay->event_id, w2, relay->echo, RING_SLEEPERS);
 }
 
 /* Take the starts of a guest's pairs. -1: they do not lead from 0 to `count`. */
@@ -58,7 +58,7 @@ forward(ExpertEnd *self, relay_t *relay, const place_t *place, uint64_t num_rows
             relay->life[r] = self->experts[r].incarnation;
             relay->num_pending++;
             relay->asked[r] = push_cell(&self->experts[r], cell, self->own.incarnation, &self->writes,
-                                        relay->event_id, first << 32 | count, num_rows);
+                                        relay->event_id, first << 32 | count, num_rows, RING_ALWAYS);
         }
     }
 }

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +43,7 @@ from bus.xccl.relay_layout import (
     segment_words,
 )
 
+_CUTS_MAX = 64
 _INCARNATION_MASK = (1 << 64 - COUNTER_BITS) - 1
 
 OnCorrupt = Callable[[SegmentCorrupt], None]
@@ -121,9 +122,18 @@ class Int8Arrival:
         return Event.unpack(self.event_id)
 
 
+_Cut: TypeAlias = tuple[
+    npt.NDArray[Any], Float32Array, Int32Array, Int32Array, npt.NDArray[Any], Float32Array
+]
+
+
 @dataclass(slots=True)
 class _Views:
-    """Full-size arrays of the arrivals of one cell; scales where INT8 is delivered."""
+    """Full-size arrays of the arrivals of one cell; scales where INT8 is delivered.
+
+    cuts: what arrivals of (rows, pairs) see of them: x, x_scale, pair_row, pair_expert, y, y_scale. Sizes come again,
+    and cutting six arrays takes as long as all else that an arrival costs in Python.
+    """
 
     peer: int
     x: npt.NDArray[Any]
@@ -132,6 +142,23 @@ class _Views:
     y: npt.NDArray[Any]
     x_scale: Float32Array
     y_scale: Float32Array
+    cuts: dict[tuple[int, int], _Cut] = field(default_factory=dict)
+
+    def cut(self, num_rows: int, num_pairs: int) -> _Cut:
+        """Return the arrays of an arrival of this size."""
+        found = self.cuts.get((num_rows, num_pairs))
+        if found is None:
+            if len(self.cuts) == _CUTS_MAX:
+                self.cuts.clear()
+            pairs = self.pair_row[:num_pairs], self.pair_expert[:num_pairs]
+            ys = self.y[:num_pairs], self.y_scale[:num_pairs]
+            found = self.cuts[num_rows, num_pairs] = (
+                self.x[:num_rows],
+                self.x_scale[:num_rows],
+                *pairs,
+                *ys,
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +227,8 @@ class RoutedExpert:
         opened = []
         for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
             views = self._views.get(cell) or self._make_views(cell)
-            x, y = views.x[:num_rows], views.y[:num_pairs]
-            pairs = views.pair_row[:num_pairs], views.pair_expert[:num_pairs]
-            opened.append(Arrival(views.peer, event_id, x, *pairs, y, cell, stamp))
+            x, _, pair_row, pair_expert, y, _ = views.cut(num_rows, num_pairs)
+            opened.append(Arrival(views.peer, event_id, x, pair_row, pair_expert, y, cell, stamp))
         return opened
 
     def poll_int8(self, on_corrupt: OnCorrupt) -> list[Int8Arrival]:
@@ -212,10 +238,8 @@ class RoutedExpert:
         opened = []
         for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
             views = self._views.get(cell) or self._make_views(cell)
-            x, y = views.x[:num_rows], views.y[:num_pairs]
-            x_scale, y_scale = views.x_scale[:num_rows], views.y_scale[:num_pairs]
-            pairs = views.pair_row[:num_pairs], views.pair_expert[:num_pairs]
-            opened.append(Int8Arrival(views.peer, event_id, x, x_scale, *pairs, y, y_scale, cell, stamp))
+            arrays = views.cut(num_rows, num_pairs)
+            opened.append(Int8Arrival(views.peer, event_id, *arrays, cell, stamp))
         return opened
 
     def _poll(self, on_corrupt: OnCorrupt) -> Sequence[_Entry]:
@@ -419,15 +443,15 @@ class RoutedExpert:
     def wait(self, *, timeout_ns: int) -> bool:
         """Wait until someone rings after the last `poll` began; False after `timeout_ns`. Releases the GIL.
 
-        Polls for up to `spin_us` per attention rank while that pays, then sleeps. While guests wait for owners, or a
-        message for its sender's address, it ends after the poll interval at the latest.
+        Polls for as long as such waits take, at most 1 ms, while that pays, then sleeps. While guests wait for owners,
+        or a message for its sender's address, it ends after the poll interval at the latest.
         """
         if self._unsolved or self._native.num_relays:
             timeout_ns = min(timeout_ns, self._poll_ns)
         return self._native.wait(timeout_ns)
 
     def stats(self) -> dict[str, int]:
-        """Return metadata writes at peers by stage, relays under way, dropped messages, sleeps in the kernel."""
+        """Return metadata writes at peers by stage, relays under way, dropped messages, sleeps, moves to a core."""
         counters = self._native.counters()
         counters["dropped"] += self._dropped
         return counters

@@ -24,6 +24,7 @@ an earlier life or attempt is never taken for the present one.
                                                [seat, m]              A2E, for this rank as trampoline
                                                [expert r, seat, m]    E2A_FORWARD, by r
 
+A cell has 32 bytes. Behind a direct cell of microbatch 0 its writer says, in a u32, on which core it polls.
 With several DP domains, the ranks of each domain use the same trampolines at seats of their own.
 """
 
@@ -245,7 +246,7 @@ class RelayShape:
 
 
 def burst_ns(spin_us: int, num_peers: int) -> int:
-    """Return how long to poll for `num_peers` ranks at most: their work may have to be done on the cores that poll."""
+    """Return how long to poll for `num_peers` ranks at least: their work may have to be done on the cores that poll."""
     return spin_us * 1_000 * min(num_peers, _BURST_PEERS_MAX)
 
 

@@ -28,7 +28,7 @@ from bus.xccl.group import AddressTable
 from bus.xccl.int8 import check_rows
 from bus.xccl.relay_layout import U32, Float32Array, Int32Array, RelayShape, burst_ns, segment_words
 
-_ROUTE_CODE = {Route.DIRECT: 0, Route.TRAMPOLINE: 1}
+_TRAMPOLINE = Route.TRAMPOLINE
 _DEAD_OWNER, _WRONG_COUNT = 2, 3
 
 
@@ -104,10 +104,11 @@ class RoutedAttention:
         try:
             if route is None:
                 route = self.rule.only or self._choose(slot_rank)
-            token = self._native.send(x, slot_rank, slot_expert, event, _ROUTE_CODE[route])
+            code = 1 if route is _TRAMPOLINE else 0
+            token = self._native.send(x, slot_rank, slot_expert, event, code)
             while token < 0:
                 self._connect(-1 - token, event)
-                token = self._native.send(x, slot_rank, slot_expert, event, _ROUTE_CODE[route])
+                token = self._native.send(x, slot_rank, slot_expert, event, code)
         except ValueError:
             self._check_input(x, slot_rank, slot_expert, event)
             raise
@@ -166,8 +167,8 @@ class RoutedAttention:
             PeerDied: an awaited rank's process has ended, or a trampoline says so of an owner. PeerStalled:
             the deadline passed. SegmentCorrupt: an answer contradicts the request. `out` may be partly filled;
             send again under a higher attempt. ValueError: `out`, or the handle is void.
-        Blocks: yes; polls for `spin_us` per expert rank at most, then sleeps in the kernel and looks at owner locks
-        meanwhile.
+        Blocks: yes; polls for as long as such waits take, at most 1 ms, then sleeps in the kernel and looks at owner
+        locks meanwhile.
         """
         self._receive(handle, None, out, deadline)
 
@@ -187,7 +188,8 @@ class RoutedAttention:
         self, handle: RoutedHandle, weights: Float32Array | None, out: Float32Array, deadline: Deadline
     ) -> None:
         while True:
-            patience = min(self._poll_ns, max(0, deadline.at_ns - now_ns()))
+            left = deadline.at_ns - now_ns()
+            patience = self._poll_ns if left > self._poll_ns else max(0, left)
             if self._take(handle, weights, out, patience):
                 return
             if (dead := self._dead(handle)) is not None and self._take(handle, weights, out, 0):
@@ -202,9 +204,9 @@ class RoutedAttention:
         self, handle: RoutedHandle, weights: Float32Array | None, out: Float32Array, patience_ns: int
     ) -> bool:
         found = self._native.recv(handle.token, handle.event.microbatch, weights, out, patience_ns)
-        if isinstance(found, tuple):
-            raise self._failure(handle, *found)
-        return found
+        if found is True or found is False:
+            return found
+        raise self._failure(handle, *found)
 
     def _failure(self, handle: RoutedHandle, code: int, expert: int, value: int) -> PeerDied | SegmentCorrupt:
         event_id, peer = handle.event.pack(), f"expert-{expert}"
@@ -237,7 +239,7 @@ class RoutedAttention:
     # ------------------------------------------------------------------ the rest
 
     def stats(self) -> dict[str, int]:
-        """Return metadata writes at peers, exchanges by way, bytes staged, dropped answers, sleeps in the kernel."""
+        """Return metadata writes at peers, exchanges by way, bytes staged, dropped answers, sleeps, moves to a core."""
         return self._native.counters()
 
     def close(self) -> None:

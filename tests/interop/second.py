@@ -258,11 +258,16 @@ class Segment:
         if self.u32[SLEEPERS // 4] != 0:
             self.ring()
 
-    def sleep(self, seen: int, timeout_s: float) -> bool:
-        """Wait until seq differs from `seen`; False when the time is over."""
+    def sleep_unless(self, look: Callable[[], T | None], timeout_s: float) -> tuple[T | None, bool]:
+        """Mark a sleeper, then return what `look` finds; if nothing, wait for a ring. Also whether there was either.
+
+        The mark is a fence too: a peer that rings for sleepers only sees it, or `look` sees what that peer has written.
+        """
         self._add(SLEEPERS, 1, 0)
         try:
-            return self._sleep_until(lambda seq: seq != seen, timeout_s)
+            seen = self.seq()
+            found = look()
+            return found, found is not None or self._sleep_until(lambda seq: seq != seen, timeout_s)
         finally:
             self._add(SLEEPERS, -1, 0)
 
@@ -317,12 +322,14 @@ def wait_for(own: Segment, peer: Segment, look: Callable[[], T | None], deadline
     PeerDied when the peer's owner lock is free and a last look finds nothing; PeerStalled at the deadline.
     """
     while True:
-        seen = own.seq()
         found = look()
         if found is not None:
             return found
         own.beat()
-        if own.sleep(seen, POLL_S):
+        found, is_news = own.sleep_unless(look, POLL_S)
+        if found is not None:
+            return found
+        if is_news:
             continue
         if not peer.owner_alive():
             found = look()

@@ -1,9 +1,9 @@
-"""A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION [polls]`.
+"""A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION [sleeps|trusts|polls] [int8]`.
 
 Prints `ready`, then obeys the lines on stdin, one answer each: `arm POINT` says `armed` and dies at that fault point of
 the extension; `learn SERVICE INDEX INCARNATION` brings an address and says `learned`; an attention rank exchanges the
 steps FIRST..LAST at `run ROUTE FIRST LAST` and says `done LAST` or `died STEP PEER`. When stdin closes an expert rank
-says `served` and how many corrupt cells it saw.
+says `served` and how many corrupt cells it saw. With `int8` rows travel, and are handed to the experts, as INT8.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,13 +23,28 @@ from bus.xccl.cost import Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
+from bus.xccl.reference import quantise_rows
 from bus.xccl.relay import RoutedExpert
 from bus.xccl.relay_layout import RelayShape
 from bus.xccl.trampoline import RoutedAttention
 
 # Expert rank 0 is the attention rank's trampoline.
-SHAPE = RelayShape(num_attention_ranks=1, num_expert_ranks=2, rows_max=4, num_slots=2, hidden=32)
-SLEEPS, POLLS = XcclConfig(spin_us=0, poll_interval_ms=20), XcclConfig()
+IS_INT8 = "int8" in sys.argv
+SHAPE = RelayShape(
+    num_attention_ranks=1,
+    num_expert_ranks=2,
+    rows_max=4,
+    num_slots=2,
+    hidden=32,
+    int8=IS_INT8,
+    deliver_int8=IS_INT8,
+)
+# Who trusts looks at locks too late to find a message whose ring was lost.
+WAITING = {
+    "sleeps": XcclConfig(spin_us=0, poll_interval_ms=20),
+    "trusts": XcclConfig(spin_us=0, poll_interval_ms=120_000),
+    "polls": XcclConfig(),
+}
 DEADLINE_MS = 60_000
 
 
@@ -43,10 +59,37 @@ SLOT_RANK = np.array([[0, 1], [1, 0], [1, -1], [0, 0]], np.int32)  # both expert
 SLOT_EXPERT = np.array([[3, 5], [6, 2], [7, -1], [1, 0]], np.int32)
 
 
+def factor(expert: np.ndarray) -> np.ndarray:
+    """What an INT8 expert multiplies scales by: a float32 for each expert id."""
+    return (np.asarray(expert) + 1).astype(np.float32) / np.float32(3)
+
+
 def expected(step: int) -> np.ndarray:
-    """Experts add their number and one."""
-    out = np.repeat(rows(step)[:, None, :], SHAPE.num_slots, axis=1) + (SLOT_EXPERT[..., None] + 1)
+    """Experts add their number and one; those that take INT8 reverse a row and multiply its scale."""
+    x = rows(step)
+    if IS_INT8:
+        q, scale = quantise_rows(x)
+        y_scale = scale[:, None] * factor(SLOT_EXPERT)
+        out = q[:, None, ::-1].astype(np.float32) * y_scale[..., None]
+    else:
+        out = np.repeat(x[:, None, :], SHAPE.num_slots, axis=1) + (SLOT_EXPERT[..., None] + 1)
     return np.where(SLOT_RANK[..., None] >= 0, out, 0).astype(np.float32)
+
+
+def answer(side: RoutedExpert, on_corrupt: Callable[[SegmentCorrupt], None]) -> int:
+    """Do the work that has arrived, and return how much that was."""
+    if not IS_INT8:
+        arrivals = side.poll(on_corrupt)
+        for arrival in arrivals:
+            arrival.y[:] = arrival.x[arrival.pair_row] + (np.asarray(arrival.pair_expert)[:, None] + 1)
+            side.commit(arrival)
+        return len(arrivals)
+    found = side.poll_int8(on_corrupt)
+    for one in found:
+        one.y[:] = one.x[one.pair_row, ::-1]
+        one.y_scale[:] = one.x_scale[one.pair_row] * factor(one.pair_expert)
+        side.commit(one)
+    return len(found)
 
 
 class Member:
@@ -105,20 +148,18 @@ def attend(member: Member, config: XcclConfig) -> None:
 
 
 def serve(member: Member, index: int, config: XcclConfig) -> None:
+    wait_ns = min(5, config.poll_interval_ms) * NS_PER_MS
     side = RoutedExpert(member.segment, SHAPE, index, member.table, config=config)
     corrupt: list[SegmentCorrupt] = []
     while True:
-        arrivals = side.poll(corrupt.append)
-        for arrival in arrivals:
-            arrival.y[:] = arrival.x[arrival.pair_row] + (np.asarray(arrival.pair_expert)[:, None] + 1)
-            side.commit(arrival)
+        num_arrivals = answer(side, corrupt.append)
         if select.select([sys.stdin], [], [], 0)[0]:
             line = sys.stdin.readline()
             if not line:
                 break
             member.obey(line.split())
-        elif not arrivals:
-            side.wait(timeout_ns=5 * NS_PER_MS)
+        elif not num_arrivals:
+            side.wait(timeout_ns=wait_ns)
     side.close()
     print("served", len(corrupt), flush=True)
 
@@ -134,5 +175,5 @@ def main(service: str, pod: str, index: int, incarnation: int, config: XcclConfi
 
 
 if __name__ == "__main__":
-    waiting = POLLS if "polls" in sys.argv else SLEEPS
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), waiting)
+    waiting = next((name for name in WAITING if name in sys.argv), "sleeps")
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), WAITING[waiting])

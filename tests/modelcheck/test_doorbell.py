@@ -3,8 +3,9 @@
 `WAIT` is `await_change` of bus/memory/_native.c inside any loop that reads `seq`, then looks for work; `RING`
 is `ring_bell` of _native.h. `PATIENT_WAIT` and `PATIENT_RING` are those of A2E/E2A (_relay*.c), where a waiter says
 from which `seq` on it wants to be woken. `QUIET_WAIT` and `QUIET_RING` are `group_await` and `group_ring` of
-_collectives_group.c: only sleepers are rung for, so a waiter looks once more behind its mark. Each ringer i has
-published word[i] before it rings.
+_collectives_group.c: only sleepers are rung for, so a waiter looks once more behind its mark. `QUIET_WAIT_FOR_ALL`
+is that of an attention rank (_relay_attention_recv.c), which does not sleep if that look finds anything. Each ringer i
+has published word[i] before it rings.
 """
 
 from __future__ import annotations
@@ -306,27 +307,43 @@ awake:
     goto again
 out:
 """
+QUIET_WAIT_FOR_ALL = mutate(
+    mutate(
+        QUIET_WAIT,
+        "    m = add seq_cst sleepers 1 ",
+        "    before := missing\n    m = add seq_cst sleepers 1 ",
+    ),
+    "if missing == 0 goto awake",
+    "if missing != before goto awake",
+)
+QUIET_WAITS = [QUIET_WAIT, QUIET_WAIT_FOR_ALL]
 
 
+@pytest.mark.parametrize("wait", QUIET_WAITS)
 @pytest.mark.parametrize("num_ringers", [1, 2, 3])
-def test_a_sleeper_is_rung_for_though_nobody_rings_otherwise(num_ringers: int) -> None:
+def test_a_sleeper_is_rung_for_though_nobody_rings_otherwise(num_ringers: int, wait: str) -> None:
     words = tuple(range(num_ringers))
-    assert check(model([QUIET_RING] * num_ringers, [(QUIET_WAIT, words)])).violation is None
+    assert check(model([QUIET_RING] * num_ringers, [(wait, words)])).violation is None
 
 
-def test_quiet_rings_and_those_of_others_do_no_harm() -> None:
+@pytest.mark.parametrize("wait", QUIET_WAITS)
+def test_quiet_rings_and_those_of_others_do_no_harm(wait: str) -> None:
     """A rank that is not awaited, one of point-to-point, and another thread that sleeps for point-to-point."""
-    assert check(model([QUIET_RING, QUIET_RING, RING], [(QUIET_WAIT, (0, 1))])).violation is None
-    assert check(model([QUIET_RING, RING], [(QUIET_WAIT, (0,)), (WAIT, (1,))])).violation is None
+    assert check(model([QUIET_RING, QUIET_RING, RING], [(wait, (0, 1))])).violation is None
+    assert check(model([QUIET_RING, RING], [(wait, (0,)), (WAIT, (1,))])).violation is None
 
 
-def test_quiet_rings_hold_out_of_order() -> None:
-    assert check(model([QUIET_RING], [(QUIET_WAIT, (0,))], WEAK)).violation is None
+@pytest.mark.parametrize("wait", QUIET_WAITS)
+def test_quiet_rings_hold_out_of_order(wait: str) -> None:
+    assert check(model([QUIET_RING], [(wait, (0,))], WEAK)).violation is None
 
 
 QUIET_LOOK_ONCE = mutate(
     QUIET_WAIT, "    {look}\n    if missing == 0 goto awake\n", "    if missing == 0 goto awake\n"
 )
+LATE_QUIET_SEEN = mutate(
+    QUIET_WAIT_FOR_ALL, "    seen = load acquire seq         # SYNC: word\n    {look}\n", "    {look}\n"
+).replace("    store seq_cst wake_at", "    seen = load acquire seq\n    store seq_cst wake_at")
 
 
 @pytest.mark.parametrize(
@@ -336,8 +353,17 @@ QUIET_LOOK_ONCE = mutate(
         (mutate(QUIET_RING, "if n < w", "if n <= w"), QUIET_WAIT),
         (QUIET_RING, QUIET_WAIT.replace("seen + missing", "seen + missing + 1")),
         (mutate(QUIET_RING, "wake seq", ""), QUIET_WAIT),
+        (QUIET_RING, LATE_QUIET_SEEN),
+        (QUIET_RING, QUIET_WAIT_FOR_ALL.replace("if missing != before goto awake", "missing := before")),
     ],
-    ids=["no-look-behind-the-mark", "one-too-late", "one-too-many", "ringer-never-wakes"],
+    ids=[
+        "no-look-behind-the-mark",
+        "one-too-late",
+        "one-too-many",
+        "ringer-never-wakes",
+        "looked-before-seq",
+        "sleeps-for-all-although-one-has-come",
+    ],
 )
 def test_a_quiet_mutant_loses_one(ring: str, wait: str) -> None:
     assert is_lost(model([ring] * 2, [(wait, (0, 1))]))
@@ -347,14 +373,17 @@ def test_a_quiet_mutant_loses_one(ring: str, wait: str) -> None:
     ("ring", "wait"),
     [
         (mutate(QUIET_RING, "    fence seq_cst                   # SYNC: bell-quiet\n", ""), QUIET_WAIT),
-        (
-            QUIET_RING,
-            mutate(QUIET_WAIT, "    fence seq_cst                   # SYNC: bell-quiet\n", "").replace(
-                "add seq_cst sleepers 1 ", "add relaxed sleepers 1 "
-            ),
-        ),
+        *[
+            (
+                QUIET_RING,
+                mutate(wait, "    fence seq_cst                   # SYNC: bell-quiet\n", "").replace(
+                    "add seq_cst sleepers 1 ", "add relaxed sleepers 1 "
+                ),
+            )
+            for wait in QUIET_WAITS
+        ],
     ],
-    ids=["ringer-without-fence", "waiter-without-fence"],
+    ids=["ringer-without-fence", "waiter-without-fence", "waiter-for-all-without-fence"],
 )
 def test_quiet_rings_need_a_fence_on_both_sides(ring: str, wait: str) -> None:
     weak = model([ring], [(wait, (0,))], WEAK)

@@ -13,7 +13,7 @@ import numpy as np
 
 from bus.bench.meeting import Meeting, Message
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
-from bus.bench.rows import NUM_CHECKED, PLAIN, RowsWay, check_plain, plain_blocks, timed
+from bus.bench.rows import NUM_CHECKED, PLAIN, SCALE_BYTES, RowsWay, check_plain, plain_blocks, timed
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory import _collectives
@@ -214,10 +214,11 @@ class Routing(Case):
         given, side = self.given, self._attention
         assert side is not None
         handle = side.a2e_send(given.x, self._owner, given.topk_idx, self.next_event(), self.route)
-        side.e2a_combine(handle, given.topk_weights, self.sum, Deadline.after_ms(TIMEOUT_MS))
+        side.e2a_combine(handle, given.topk_weights, self.sum, self._deadline)
 
     def play(self, repetitions: int) -> list[int]:
         """Return the durations, ns; none from an expert rank."""
+        self._deadline = Deadline.after_ms(TIMEOUT_MS)  # of all of them
         if self._is_attention:
             return timed(self, repetitions)
         self._serve()
@@ -249,7 +250,7 @@ class Routing(Case):
         for arrival in side.poll_int8(_raise):
             y_scale = arrival.y_scale
             _collectives.gather_rows(arrival.y, arrival.pair_row, arrival.x, self.shape.hidden)
-            np.take(arrival.x_scale, arrival.pair_row, out=y_scale, mode="clip")
+            _collectives.gather_rows(y_scale, arrival.pair_row, arrival.x_scale, SCALE_BYTES)
             np.multiply(y_scale, self._factor, out=y_scale)
             side.commit(arrival)
 
