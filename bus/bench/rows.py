@@ -150,7 +150,7 @@ class Rows:
         self._transport, self._shape, self._given = transport, shape, inputs(shape, rank)
         self._factor = expert_factor(rank)
         num_pairs = self._given.topk_idx.size
-        self._wire = _wire(shape)
+        self._wire = wire_of(shape)
         self._order, self._starts = np.empty(num_pairs, np.int32), np.empty(shape.num_experts + 1, np.int32)
         self._position, self._places = np.empty(num_pairs, np.int32), np.arange(num_pairs, dtype=np.int32)
         self._counts = np.zeros((shape.num_ranks, shape.num_local_experts), np.int32)
@@ -186,7 +186,8 @@ class Rows:
         check_result(self._shape, self._given, self._sum)
 
 
-def _wire(shape: Shape) -> Wire:
+def wire_of(shape: Shape) -> Wire:
+    """Return how rows of the shape's kind travel."""
     return Int8Wire(shape) if shape.kind == "int8" else Float32Wire(shape)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from bus.bench.collectives import ALL_TO_ALL, MOE
 from bus.bench.p2p import IDLE, ONE_PAIR
 from bus.bench.p2p import SECTION as P2P
+from bus.bench.peers.limit_rows import LIMIT
 from bus.bench.report import Report
 from bus.bench.session import OURS, Record
 
@@ -79,14 +80,14 @@ def moe_tables(records: Sequence[Record]) -> list[str]:
     for ranks, form in _unique((r.case["ranks"], r.case["form"]) for r in records):
         some = [r for r in records if (r.case["ranks"], r.case["form"]) == (ranks, form)]
         title = f"{form}, {ranks} ranks, us: p50 / p99 (p50 relative to ours)"
-        cells = {(_shape(r), r.way): _times_and_ratio(r) for r in some}
+        cells = {(_shape(r), r.way): _limit(r) if r.way == LIMIT else _times_and_ratio(r) for r in some}
         found.append(_table(title, _unique(map(_shape, some)), _unique(r.way for r in some), cells))
     return found
 
 
 def moe_summary(records: Sequence[Record]) -> list[str]:
     """Return how many times faster ours is: median over the shapes (the least), by form, kind and ranks."""
-    peers = _unique(r.way for r in records if not r.way.startswith(OURS))
+    peers = _unique(r.way for r in records if not r.way.startswith(OURS) and r.way != LIMIT)
     if not peers:
         return []
     groups = _unique((r.case["form"], r.case["kind"], r.case["ranks"]) for r in records)
@@ -149,6 +150,11 @@ def _times_and_ratio(record: Record) -> str:
     ratio = record.extra.get("to_ours")
     mark = "" if ratio is None or record.way == OURS else f" ({ratio:.1f})"
     return _times(record) + mark
+
+
+def _limit(record: Record) -> str:
+    ratio = record.extra.get("mean_to_ours")
+    return _us(record.figures.mean_us) + ("" if ratio is None else f" ({ratio:.2f})")
 
 
 def _mean_and_times(record: Record) -> str:

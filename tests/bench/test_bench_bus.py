@@ -98,7 +98,7 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
         "ours zero-copy",
     } < by_section["p2p"]
     assert {"pyzmq", "Pipe"} < by_section["p2p"]
-    assert by_section["moe"] == {"ours", "ours trampoline", "pyzmq"}
+    assert by_section["moe"] == {"ours", "ours trampoline", "limit", "pyzmq"}
     assert all(r["p50_us"] > 0 and r["p99_us"] >= r["low_us"] > 0 and r["samples"] > 0 for r in records)
     limited = [r for r in records if r["way"] == "ours adaptive" and r["case"].get("scenario") == "one pair"]
     assert [r["case"]["size"] for r in limited] == [64, 5000] and all(r["to_limit"] > 0 for r in limited)

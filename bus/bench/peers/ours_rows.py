@@ -12,6 +12,7 @@ from threading import Event as Flag
 import numpy as np
 
 from bus.bench.meeting import Meeting, Message
+from bus.bench.peers.limit_rows import LIMIT, LimitRows
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
 from bus.bench.rows import NUM_CHECKED, PLAIN, SCALE_BYTES, RowsWay, check_plain, plain_blocks, timed
 from bus.clock import Deadline
@@ -41,6 +42,7 @@ def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str,
     return {
         OURS: OurRows(meeting, config, {PLAIN: Blocks, DISPATCH: Dispatching, A2E: Routing}),
         TRAMPOLINE: OurRows(meeting, config, {A2E: Bouncing}),
+        LIMIT: LimitRows(meeting),
     }
 
 

@@ -128,3 +128,13 @@ def test_each_rank_is_told_its_number_and_an_mpi_by_its_launcher(tmp_path: Path)
     assert command[0].endswith("prterun") and command[command.index("-n") + 1] == "16"
     assert environment["PRTE_ALLOW_RUN_AS_ROOT"] == "1" and "XDS_BENCH_RANK" not in environment
     assert environment["MPI4PY_LIBMPI"].endswith("libmpi.so.40")
+
+
+def test_the_limit_is_shown_by_its_mean_and_is_no_peer() -> None:
+    given = report()
+    given.records.append(
+        Record("moe", "limit", dict(MOE), figures([[500, 1_500]]), {"to_ours": 9.0, "mean_to_ours": 0.25})
+    )
+    text = render(given)
+    assert "1.00 (0.25)" in text
+    assert "limit" not in text[text.index("MoE shapes, time relative to ours") :].splitlines()[1]
