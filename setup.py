@@ -23,7 +23,17 @@ setup(
             "bus.memory._collectives",
             [
                 f"bus/memory/_collectives{part}.c"
-                for part in ("", "_rows", "_group", "_spread", "_exchange", "_pull", "_alltoall", "_swap")
+                for part in (
+                    "",
+                    "_rows",
+                    "_group",
+                    "_spread",
+                    "_exchange",
+                    "_dispatch",
+                    "_pull",
+                    "_alltoall",
+                    "_swap",
+                )
             ],
             depends=[*SHARED, *map(str, Path("bus/memory").glob("_collectives*.h"))],
             # The order and rounding of every addition is a promise: a fused multiply-add would break it on Arm.

@@ -60,4 +60,11 @@ void exchange_put_rows(const Exchange *self, char *rows, float *scales, const fl
 Py_ssize_t exchange_pull(Exchange *self, Py_ssize_t microbatch);
 Py_ssize_t exchange_reduce(Exchange *self, Py_ssize_t microbatch, const float *weights, float *out);
 
+/* _collectives_dispatch.c: methods. */
+PyObject *Exchange_stage(Exchange *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *Exchange_announce(Exchange *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *Exchange_receive(Exchange *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *Exchange_dispatch(Exchange *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *Exchange_combine(Exchange *self, PyObject *const *args, Py_ssize_t nargs);
+
 #endif

@@ -5,7 +5,9 @@
  * away while it waits says in its own segment where it runs. Now and then it counts; if its core holds two ranks more
  * than another that it may use, the highest rank there moves: it narrows its affinity to that core, which moves it, and
  * restores it. Nothing here is needed for correctness: a word of a peer is only ever counted. */
-#define _GNU_SOURCE
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* cpu_set_t, sched_getcpu; Python.h defines it too */
+#endif
 #include "_collectives_group.h"
 
 #define SPREAD_NS 250000LL      /* between two counts */

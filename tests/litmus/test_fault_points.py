@@ -35,7 +35,7 @@ KILLED = {
     "_native_lanes.c": [names(test_p2p_death.LANE_POINTS)],
     "_native_share.c": [names(test_p2p_death.INVITER_POINTS) | names(test_p2p_death.HELPER_POINTS)],
     "_collectives_group.c": [DISPATCH, ALLTOALL],
-    "_collectives_exchange.c": [DISPATCH],
+    "_collectives_dispatch.c": [DISPATCH],
     "_collectives_alltoall.c": [ALLTOALL],
     "_relay.c": [ATTENTION, EXPERT, TRAMPOLINE],
     "_relay_attention_send.c": [ATTENTION],

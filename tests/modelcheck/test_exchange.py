@@ -2,7 +2,7 @@
 
 `GIVE` and `TAKE` are `alltoall_send`, `pull_pieces` and `alltoall_go_on` of bus/memory/_collectives_alltoall.c for
 pieces that are staged in two halves in turn. `OWN` and `PULL` are the same for a piece in the sender's app area, and
-the rows of a dispatch (`withdraw` and `find_withdrawn` of _collectives_exchange.c), where the sender waits for an
+the rows of a dispatch (`withdraw` and `find_withdrawn` of _collectives_dispatch.c), where the sender waits for an
 answer: `has_left` of _collectives_group.c. A word stands for a cell, and is the event id, plus 16 if that is withdrawn.
 """
 
