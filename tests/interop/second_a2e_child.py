@@ -1,13 +1,14 @@
 """A rank of A2E / E2A that speaks the second implementation: `python -m tests.interop.second_a2e_child ROLE JSON`.
 
 Prints one JSON object per line: {"segment": ...} once its segment is there, then what it found. It begins when a line
-comes in on stdin: then all peers are there.
+comes in on stdin: then all ranks are there. An expert rank serves until the next one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from array import array
 from typing import Any
@@ -16,6 +17,7 @@ from tests.interop.second import Areas, BusError, Segment
 from tests.interop.second_a2e import Attention, Expert, Pair, Shape
 
 DEADLINE_S = 20.0
+LOOK_S = 0.005
 
 
 def say(**fields: object) -> None:
@@ -38,35 +40,46 @@ def create(config: dict[str, Any], service: str, areas: Areas) -> Segment:
     return own
 
 
+def attach(names: list[str], own: Segment) -> list[Segment]:
+    """Map the segments of one service."""
+    return [own if name == own.name else Segment.attach(name) for name in names]
+
+
 def run_expert(config: dict[str, Any], shape: Shape) -> Segment:
-    """Answer `count` requests."""
+    """Serve until the next line comes in."""
     own = create(config, "expert", shape.expert_areas())
-    peers = [Segment.attach(name) for name in config["peers"]]
-    Expert(own, peers, shape, config["index"]).serve(config["count"], time.monotonic() + DEADLINE_S)
+    attention, experts = (attach(config[service], own) for service in ("attention", "experts"))
+    end = Expert(own, attention, experts, shape, config["index"])
+    line = threading.Thread(target=sys.stdin.readline, daemon=True)
+    line.start()
+    while line.is_alive():
+        end.wait(LOOK_S)
+        end.look_for_the_dead()
+    say(answered=end.num_answered, forwarded=end.num_forwarded)
     return own
 
 
 def run_attention(config: dict[str, Any], shape: Shape) -> Segment:
     """Do the exchanges named in `config`, and say each result as [row, slot, values]."""
     own = create(config, "attention", shape.attention_areas())
-    end = Attention(own, [Segment.attach(name) for name in config["peers"]], shape, config["index"])
+    end = Attention(own, attach(config["experts"], own), shape, config["index"])
     for exchange in config["exchanges"]:
-        rows = [array("f", row).tobytes() for row in exchange["rows"]]
-        pairs = [Pair(*pair) for pair in exchange["pairs"]]
-        found = end.exchange(rows, pairs, exchange["event"], time.monotonic() + DEADLINE_S)
-        say(results=[[*place, array("f", row).tolist()] for place, row in sorted(found.items())])
+        rows = [array("f", row) for row in exchange["rows"]]
+        pairs, deadline_s = [Pair(*pair) for pair in exchange["pairs"]], time.monotonic() + DEADLINE_S
+        try:
+            found = end.exchange(rows, pairs, exchange["event"], deadline_s, through=exchange["through"])
+            say(results=[[*place, row.tolist()] for place, row in sorted(found.items())])
+        except BusError as error:
+            say(error=error.name, text=str(error))
     return own
 
 
 def main() -> None:
     """Run one role to its end."""
     role, config = sys.argv[1], json.loads(sys.argv[2])
-    try:
-        own = {"expert": run_expert, "attention": run_attention}[role](config, Shape(**config["shape"]))
-        sys.stdin.readline()  # the peers have read what lies here
-        own.close()
-    except BusError as error:
-        say(error=error.name, text=str(error))
+    own = {"expert": run_expert, "attention": run_attention}[role](config, Shape(**config["shape"]))
+    sys.stdin.readline()  # the peers have read what lies here
+    own.close()
     say(imported=sorted({name.split(".")[0] for name in sys.modules} & {"bus", "numpy"}))
 
 

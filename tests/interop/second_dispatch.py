@@ -1,12 +1,10 @@
 """Dispatch and combine of the second implementation: float32 and both forms of INT8, after bus/README.md.
 
-A float32 row is an `array("f")`; an INT8 row is an `array("b")` with its scale. Products and sums are made in double
-and rounded to float32 after each step, which gives what float32 arithmetic gives (53 bits are more than 2 * 24 + 2).
+Rows are those of second_rows.py.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,9 +13,9 @@ from operator import itemgetter
 
 from tests.interop.second import PAGE, Areas, Cell, Segment, SegmentCorrupt, round_up
 from tests.interop.second_group import ANSWERS, LANES, WITHDRAWN, Group
+from tests.interop.second_rows import Int8Row, Row, Rows, rounded
 
 LINE = 64
-Row = array  # of "f", or of "b"
 
 
 @dataclass(frozen=True)
@@ -93,14 +91,6 @@ class Pair:
     slot: int
 
 
-@dataclass
-class Int8Row:
-    """int8 values and the scale that they count in."""
-
-    q: Row
-    scale: float
-
-
 @dataclass(frozen=True)
 class Arrived:
     """A row that came, as float32 or INT8, and whose it is."""
@@ -108,26 +98,6 @@ class Arrived:
     expert: int
     source: int
     row: Row | Int8Row
-
-
-def rounded(value: float) -> float:
-    """Return the float32 nearest to `value`."""
-    return array("f", [value])[0]
-
-
-def quantise(row: Row) -> Int8Row:
-    """Return the INT8 form of a float32 row."""
-    if not all(map(math.isfinite, row)):
-        return Int8Row(array("b", bytes(len(row))), math.nan)
-    scale = rounded(max(map(abs, row), default=0.0) / 127)
-    if scale == 0:
-        return Int8Row(array("b", bytes(len(row))), 0.0)
-    return Int8Row(array("b", (round(max(-127.0, min(127.0, rounded(v / scale)))) for v in row)), scale)
-
-
-def dequantise(row: Int8Row) -> Row:
-    """Return the float32 values of an INT8 row."""
-    return array("f", [value * row.scale for value in row.q])
 
 
 def add(rows: Iterable[tuple[float, Row]], hidden: int) -> Row:
@@ -165,28 +135,20 @@ class Exchange:
     def _base(self, rank: int, microbatch: int) -> int:
         return self._group.segments[rank].areas.managed_offset + microbatch * self._block.size
 
+    def _x(self, rank: int, microbatch: int) -> Rows:
+        return self._rows(rank, microbatch, self._block.x, self._block.x_scale)
+
+    def _y(self, rank: int, microbatch: int) -> Rows:
+        return self._rows(rank, microbatch, self._block.y, self._block.y_scale)
+
+    def _rows(self, rank: int, microbatch: int, at: int, scales_at: int) -> Rows:
+        base, view = self._base(rank, microbatch), self._group.segments[rank].bytes
+        return Rows(view, base + at, base + scales_at, self._shape.hidden, self._shape.int8)
+
     def _share(self, starts: Sequence[int], rank: int) -> tuple[int, int]:
         """Return the first pair of `rank`'s experts, and the first behind them."""
         local = self._shape.num_local_experts
         return starts[rank * local], starts[(rank + 1) * local]
-
-    # ------------------------------------------------------------------ rows in blocks
-
-    def _put_row(self, row: Row | Int8Row, rows_at: int, scales_at: int, index: int) -> None:
-        view, size = self._group.own.bytes, self._shape.row_bytes
-        if self._shape.int8:
-            row = row if isinstance(row, Int8Row) else quantise(row)
-            struct.pack_into("=f", view, scales_at + 4 * index, row.scale)
-            row = row.q
-        assert not isinstance(row, Int8Row)
-        view[rows_at + index * size : rows_at + (index + 1) * size] = row.tobytes()
-
-    def _get_row(self, rank: int, rows_at: int, scales_at: int, index: int) -> Row | Int8Row:
-        view, size = self._group.segments[rank].bytes, self._shape.row_bytes
-        data = bytes(view[rows_at + index * size : rows_at + (index + 1) * size])
-        if not self._shape.int8:
-            return array("f", data)
-        return Int8Row(array("b", data), struct.unpack_from("=f", view, scales_at + 4 * index)[0])
 
     # ------------------------------------------------------------------ dispatch
 
@@ -204,7 +166,7 @@ class Exchange:
         slots = [Pair(e, t, k) for t, chosen in enumerate(experts) for k, e in enumerate(chosen) if e >= 0]
         pairs = sorted(slots, key=lambda pair: (pair.expert, pair.token, pair.slot))
         starts = [sum(pair.expert < e for pair in pairs) for e in range(self._shape.num_experts + 1)]
-        self._stage(rows, pairs, starts, self._base(self._rank, microbatch))
+        self._stage(rows, pairs, starts, microbatch)
         lane = LANES * microbatch + self._num_announced[microbatch] % 2
         self._num_announced[microbatch] += 1
         self._open[microbatch] = _Open(event, lane, len(rows), pairs, starts)
@@ -213,10 +175,11 @@ class Exchange:
             self._group.tell(rank, lane, event, first << 32 | behind - first, len(rows))
         self._group.ring()
 
-    def _stage(self, rows: Sequence[Row], pairs: list[Pair], starts: list[int], base: int) -> None:
-        view, block = self._group.own.bytes, self._block
+    def _stage(self, rows: Sequence[Row], pairs: list[Pair], starts: list[int], microbatch: int) -> None:
+        view, block, base = self._group.own.bytes, self._block, self._base(self._rank, microbatch)
+        x = self._x(self._rank, microbatch)
         for i, row in enumerate(rows):
-            self._put_row(row, base + block.x, base + block.x_scale, i)
+            x.put(i, row)
         struct.pack_into(f"={len(starts)}i", view, base + block.starts, *starts)
         struct.pack_into(f"={len(pairs)}i", view, base + block.pair_row, *(pair.token for pair in pairs))
 
@@ -242,18 +205,15 @@ class Exchange:
         places: list[list[int]] = [[] for _ in tokens]
         for expert in range(shape.num_local_experts):
             for source, found in tokens.items():
-                base = self._base(source, microbatch)
+                x = self._x(source, microbatch)
                 places[source].append(len(arrived))
                 for token in found[expert]:
-                    row = self._get_row(source, base + block.x, base + block.x_scale, token)
-                    arrived.append(Arrived(expert, source, self._as_taken(row)))
+                    row = x.get(token) if self._takes_int8 else x.widened(token)
+                    arrived.append(Arrived(expert, source, row))
         flat = [place for row in places for place in row]
         at = self._base(self._rank, microbatch) + block.y_start
         struct.pack_into(f"={len(flat)}i", self._group.own.bytes, at, *flat)
         return arrived
-
-    def _as_taken(self, row: Row | Int8Row) -> Row | Int8Row:
-        return dequantise(row) if isinstance(row, Int8Row) and not self._takes_int8 else row
 
     def _tokens_of(self, rank: int, microbatch: int, cell: Cell) -> list[Sequence[int]]:
         """Return the tokens of a source's pairs for each local expert. SegmentCorrupt: they cannot be."""
@@ -289,10 +249,10 @@ class Exchange:
     ) -> list[Row]:
         """Steps 5 to 7: give the others their results, and return the weighted sums of the own tokens."""
         microbatch = event >> 16 & 0xF
-        opened, base, block = self._open[microbatch], self._base(self._rank, microbatch), self._block
+        opened, y = self._open[microbatch], self._y(self._rank, microbatch)
         assert len(results) == opened.num_arrived
         for i, row in enumerate(results):
-            self._put_row(row, base + block.y, base + block.y_scale, i)
+            y.put(i, row)
         lane = LANES * microbatch
         for rank in self._group.others():
             count = opened.counts[rank].w2 % 2**32
@@ -322,9 +282,8 @@ class Exchange:
             if not 0 <= place <= self._shape.pairs_max - count:
                 raise SegmentCorrupt(f"rank {owner}: row {place} of {self._shape.pairs_max}")
             place += p - opened.starts[pair.expert]
-            row = self._get_row(owner, base + block.y, base + block.y_scale, place)
-            values = dequantise(row) if isinstance(row, Int8Row) else row
-            terms[pair.token].append((pair.slot, weights[pair.token][pair.slot], values))
+            row = self._y(owner, microbatch).widened(place)
+            terms[pair.token].append((pair.slot, weights[pair.token][pair.slot], row))
         return [
             add([(weight, row) for _, weight, row in sorted(token, key=itemgetter(0))], self._shape.hidden)
             for token in terms

@@ -15,7 +15,8 @@ from typing import Any
 
 from tests.interop.second import BusError, Segment
 from tests.interop.second_alltoall import AllToAll, areas
-from tests.interop.second_dispatch import Arrived, Exchange, Int8Row, Row, Shape, rounded
+from tests.interop.second_dispatch import Arrived, Exchange, Shape
+from tests.interop.second_rows import Int8Row, Row, rounded
 
 
 def say(**fields: object) -> None:
