@@ -2,6 +2,7 @@
 
 all-to-all: every rank sends so many bytes to every rank. moe: dispatch + combine, and A2E + E2A (half of the ranks hold
 attention, half experts), in every shape of the plan; the times are of whole exchanges at each rank that holds tokens.
+With both kinds of rows in the plan ours is then measured in both, turn by turn (`kinds`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from bus.bench import kinds
 from bus.bench.plan import Plan
 from bus.bench.routing import A2E, DISPATCH, Shape
 from bus.bench.rows import PLAIN
@@ -60,6 +62,11 @@ def _play_moe(session: Session, ways: Mapping[str, str], num_ranks: int) -> None
             **{k: v for k, v in case.items() if k not in ("num_ranks", "num_experts")},
         }
         play_case(session, MOE, ways, shown, case)
+    for number, shape in enumerate(pairs := list(kinds.pairs_of(shapes)), 1):
+        text = f"batch {shape.batch}, hidden {shape.hidden}, top-{shape.top_k}"
+        session.say(f"{kinds.SECTION}: {num_ranks} ranks, {number} of {len(pairs)}: {shape.form}, {text}")
+        if OURS in ways and OURS in session.groups:
+            kinds.play(session, ways, shape)
 
 
 def moe_shapes(plan: Plan, num_ranks: int) -> Iterator[Shape]:

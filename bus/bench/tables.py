@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, TypeVar
 
+from bus.bench import routes
 from bus.bench.collectives import ALL_TO_ALL, MOE
+from bus.bench.kinds import SECTION as KINDS
 from bus.bench.p2p import IDLE, ONE_PAIR
 from bus.bench.p2p import SECTION as P2P
 from bus.bench.peers.limit_rows import LIMIT
@@ -23,6 +25,8 @@ def render(report: Report) -> str:
     parts += [
         *moe_tables(report.of(MOE)),
         *moe_summary(report.of(MOE)),
+        *kinds_tables(report.of(KINDS)),
+        *routes.moe_lines(report, _shape),
         *trampoline_table(report),
         *absent(report),
     ]
@@ -102,25 +106,55 @@ def moe_summary(records: Sequence[Record]) -> list[str]:
     return [_table(title, [_group(group) for group in groups], peers, cells)]
 
 
+def kinds_tables(records: Sequence[Record]) -> list[str]:
+    """Return how long ours takes with INT8 rows relative to float32 rows, for each number of ranks."""
+    found = []
+    for ranks in _unique(r.case["ranks"] for r in records):
+        some = [r for r in records if r.case["ranks"] == ranks]
+        cells = {
+            (_size(r), str(r.case["form"])): f"{r.extra['to_float32']:.2f} "
+            f"({r.extra['to_float32_low']:.2f} to {r.extra['to_float32_high']:.2f})"
+            for r in some
+        }
+        title = f"ours, {ranks} ranks, mean with INT8 relative to float32, turn by turn: median (quartiles)"
+        found.append(
+            _table(title, _unique(map(_size, some)), _unique(str(r.case["form"]) for r in some), cells)
+        )
+    return found
+
+
 def trampoline_table(report: Report) -> list[str]:
-    """Return A2E/E2A at the paper's shape, both ways."""
+    """Return A2E/E2A at the paper's shape, both ways, and what the rule that was fitted to it picks."""
     found = report.trampolines
     if not found:
         return []
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "p50 / p99": lambda case: f"{_us(case['p50_us'])} / {_us(case['p99_us'])}",
-        "send p50": lambda case: _us(case["send_p50_us"]),
-        "A2E cells per rank": lambda case: f"{case['a2e_cell_writes_per_rank']:g}",
-        "picked by the rule": lambda case: "yes" if case["picked"] else "",
+    direct, trampoline = (
+        {(case["num_bytes"], case["targets"]): case for case in found if case["way"] == way}
+        for way in ("direct", "trampoline")
+    )
+    columns: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
+        "direct": lambda a, b: f"{_us(a['p50_us'])} / {_us(a['p99_us'])}",
+        "trampoline": lambda a, b: f"{_us(b['p50_us'])} / {_us(b['p99_us'])}",
+        "send": lambda a, b: f"{_us(a['send_p50_us'])}, {_us(b['send_p50_us'])}",
+        "A2E cells": lambda a, b: f"{a['a2e_cell_writes_per_rank']:g}, {b['a2e_cell_writes_per_rank']:g}",
+        "picked": lambda a, b: a["way"] if a["picked"] else b["way"],
+        "slower than the winner": lambda a, b: f"{100 * (a['pick_to_winner'] - 1):.0f} %",
     }
-    names = [f"{case['num_bytes']:>9} B to {case['targets']:>3} ranks, {case['way']}" for case in found]
     cells = {
-        (name, column): cell(case)
-        for name, case in zip(names, found, strict=True)
+        (_load(key), column): cell(direct[key], trampoline[key])
+        for key in direct
         for column, cell in columns.items()
     }
-    title = "A2E + E2A, 160 attention and 288 expert ranks in 16 processes, us"
-    return [_table(title, names, list(columns), cells)]
+    title = (
+        "A2E + E2A, 160 attention and 288 expert ranks in 16 processes, us: p50 / p99; "
+        "p50 of a rank's send, and its A2E cell writes, both ways"
+    )
+    table = _table(title, [_load(key) for key in direct], list(columns), cells)
+    return [f'{table}\n{routes.SETTING} = "{found[0]["route_costs_ns"]}"']
+
+
+def _load(key: tuple[int, int]) -> str:
+    return f"{key[0]:>9} B to {key[1]:>3} ranks"
 
 
 def absent(report: Report) -> list[str]:
@@ -137,9 +171,13 @@ def _group(group: tuple[object, ...]) -> str:
     return f"{form}, {kind}, {ranks} ranks"
 
 
-def _shape(record: Record) -> str:
+def _size(record: Record) -> str:
     case = record.case
-    return f"batch {case['batch']:>3} hidden {case['hidden']:>5} top-{case['top_k']} {case['kind']}"
+    return f"batch {case['batch']:>3} hidden {case['hidden']:>5} top-{case['top_k']}"
+
+
+def _shape(record: Record) -> str:
+    return f"{_size(record)} {record.case['kind']}"
 
 
 def _times(record: Record) -> str:

@@ -122,7 +122,8 @@ def run(
     """Measure the grid and give `report` one dict per way and case; return the rule fitted to them (3 or more).
 
     Args:
-        report: takes {way, targets, num_bytes, p50_us, p99_us, send_p50_us, a2e_cell_writes_per_rank, picked}.
+        report: takes {way, targets, num_bytes, p50_us, p99_us, send_p50_us, a2e_cell_writes_per_rank, picked,
+        pick_to_winner (p50 of the way that the rule picks in this case, relative to the faster one's), route_costs_ns}.
         targets, loads: the grid; targets are at most the slots of a load. rounds: turns of each way in each case.
         repeats: exchanges of every attention rank in a turn.
     """
@@ -172,6 +173,7 @@ def _judge(cases: Sequence[_Case], report: Report) -> CostRule:
         rule = CostRule(*(fit([_sample(case, route) for case in cases]) for route in Route))
     for case in cases:
         picked = rule.choose(case.targets, case.load.num_bytes)
+        medians = {route: float(np.median(case.durations[route])) for route in Route}
         for route in Route:
             p50, p99 = np.percentile(case.durations[route], (50, 99)) / 1_000
             report(
@@ -184,6 +186,8 @@ def _judge(cases: Sequence[_Case], report: Report) -> CostRule:
                     "send_p50_us": round(float(np.median(case.send_durations[route])) / 1_000, 1),
                     "a2e_cell_writes_per_rank": case.cell_writes[route],
                     "picked": route is picked,
+                    "pick_to_winner": round(medians[picked] / min(medians.values()), 3),
+                    "route_costs_ns": str(rule),
                 }
             )
     return rule

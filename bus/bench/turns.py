@@ -27,18 +27,18 @@ def play_case(
     samples: dict[str, list[list[float]]] = {}
     counts: dict[str, int] = {}
     for way in _supporting(session, section, ways, case):
-        count = _set_up(session, section, way, ways[way], case)
+        count = set_up(session, section, way, ways[way], case)
         if count is not None:
             counts[way], samples[way] = count, []
     for _ in range(session.plan.rounds):
         for way in list(samples):
-            found = _ask(session, section, ways[way], what="measure", way=way, repetitions=counts[way])
+            found = ask(session, section, ways[way], what="measure", way=way, repetitions=counts[way])
             if found is None:
                 del samples[way]
             else:
                 samples[way].append([ns for durations in found for ns in durations])
     for way in samples:
-        _ask(session, section, ways[way], what="finish", way=way)
+        ask(session, section, ways[way], what="finish", way=way)
     ours = samples.get("ours")
     for way, rounds in samples.items():
         extra = {}
@@ -56,18 +56,19 @@ def _supporting(session: Session, section: str, ways: Mapping[str, str], case: o
     return [way for way in ways if way in found]
 
 
-def _set_up(session: Session, section: str, way: str, name: str, case: object) -> int | None:
-    """Return the repetitions of a turn, None if the group has failed."""
-    if _ask(session, section, name, what="prepare", way=way, case=case) is None:
+def set_up(session: Session, section: str, way: str, name: str, case: object) -> int | None:
+    """Prepare and check a way; return the repetitions of a turn, None if the group has failed."""
+    if ask(session, section, name, what="prepare", way=way, case=case) is None:
         return None
-    if _ask(session, section, name, what="check", way=way) is None:
+    if ask(session, section, name, what="check", way=way) is None:
         return None
-    found = _ask(session, section, name, what="measure", way=way, repetitions=REPETITIONS_FIRST)
+    found = ask(session, section, name, what="measure", way=way, repetitions=REPETITIONS_FIRST)
     if found is None:
         return None
     once_ns = figures([[ns for durations in found for ns in durations]]).p50_us * 1_000
     return repetitions(once_ns, session.plan.budget_s, low=REPETITIONS_MIN, high=REPETITIONS_MAX)
 
 
-def _ask(session: Session, section: str, name: str, **command: object) -> Sequence[list[int]] | None:
+def ask(session: Session, section: str, name: str, **command: object) -> Sequence[list[int]] | None:
+    """Ask a group that may be gone; None if it is, or fails now."""
     return session.ask(section, name, **command) if name in session.groups else None

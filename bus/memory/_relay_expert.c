@@ -211,7 +211,8 @@ ExpertEnd_drop_peer(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* set_slot(index, memory, rows, pairs): [pair_row | pair_expert | what widens: x [rows, hidden] | y [pairs, hidden]]. */
+/* set_slot(index, memory, rows, pairs): [pair_row | pair_expert], then where INT8 is delivered [pair_scale], where it is
+ * widened [x [rows, hidden] | y [pairs, hidden]]. */
 static PyObject *
 ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -222,7 +223,7 @@ ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
         parse_index(args[3], "pairs", pairs_max(g) + 1, &pairs) < 0) {
         return NULL;
     }
-    Py_ssize_t size = 8 * pairs + (widens(g) ? 4 * (rows + pairs) * g->hidden : 0);
+    Py_ssize_t size = 8 * pairs + (widens(g) ? 4 * (rows + pairs) * g->hidden : g->delivers_int8 ? 4 * pairs : 0);
     Py_buffer view;
     if (PyObject_GetBuffer(args[1], &view, PyBUF_WRITABLE) < 0) {
         return NULL;
@@ -240,7 +241,7 @@ ExpertEnd_set_slot(ExpertEnd *self, PyObject *const *args, Py_ssize_t nargs)
     slot->pairs = pairs;
     slot->pair_row = words;
     slot->pair_expert = words + pairs;
-    slot->x = (float *)(words + 2 * pairs);
+    slot->pair_scale = slot->x = (float *)(words + 2 * pairs);
     slot->y = slot->x + rows * g->hidden;
     Py_RETURN_NONE;
 }
@@ -285,6 +286,7 @@ copy_pairs(const geometry_t *g, const char *source, slot_t *slot, Py_ssize_t fir
 {
     const int32_t *rows = (const int32_t *)(source + g->pair_row_at) + first;
     const int32_t *experts = (const int32_t *)(source + g->pair_expert_at) + first;
+    const float *scales = (const float *)(source + g->x_scale_at);
     for (Py_ssize_t p = 0; p < slot->count; p++) {
         int32_t row = load_word(&rows[p]);
         if (row < 0 || row >= num_rows) {
@@ -292,6 +294,9 @@ copy_pairs(const geometry_t *g, const char *source, slot_t *slot, Py_ssize_t fir
         }
         slot->pair_row[p] = row;
         slot->pair_expert[p] = load_word(&experts[p]);
+        if (g->delivers_int8) {
+            slot->pair_scale[p] = scales[row];
+        }
     }
     return 0;
 }
@@ -373,21 +378,45 @@ take_cell(ExpertEnd *self, Py_ssize_t index, const uint64_t *words, found_t *fou
 }
 
 static int
-scan(ExpertEnd *self, found_t *found)
+look_at(ExpertEnd *self, Py_ssize_t index, found_t *found)
 {
-    Py_ssize_t num = expert_cells(&self->g);
-    for (Py_ssize_t i = 0; i < num; i++) {
-        const uint64_t *cell = cell_at(&self->own, i);
-        uint64_t words[CELL_WORDS];
-        if (!has_news(cell, self->seen[i]) || !load_cell(cell, words)) { /* SYNC: cell-whole */
-            continue;
-        }
-        self->seen[i] = words[0];
-        if (take_cell(self, i, words, found) < 0) {
-            return -1;
+    const uint64_t *cell = cell_at(&self->own, index);
+    uint64_t words[CELL_WORDS];
+    if (!has_news(cell, self->seen[index]) || !load_cell(cell, words)) { /* SYNC: cell-whole */
+        return 0;
+    }
+    self->seen[index] = words[0];
+    return take_cell(self, index, words, found);
+}
+
+/* Look at the cells of the owners that guests wait for; there is no news in the others. */
+static int
+scan_returns(ExpertEnd *self, Py_ssize_t first, found_t *found)
+{
+    const geometry_t *g = &self->g;
+    Py_ssize_t num_places = g->num_seats * g->num_microbatches;
+    for (Py_ssize_t i = 0; i < num_places; i++) {
+        const relay_t *relay = &self->relays[i];
+        for (Py_ssize_t r = 0; relay->open && r < g->num_experts; r++) {
+            if (relay->asked[r] != 0 && look_at(self, first + r * num_places + i, found) < 0) {
+                return -1;
+            }
         }
     }
     return 0;
+}
+
+static int
+scan(ExpertEnd *self, found_t *found)
+{
+    const geometry_t *g = &self->g;
+    Py_ssize_t num = (2 * g->num_attention + g->num_seats) * g->num_microbatches;
+    for (Py_ssize_t i = 0; i < num; i++) {
+        if (look_at(self, i, found) < 0) {
+            return -1;
+        }
+    }
+    return scan_returns(self, num, found);
 }
 
 /* Take out of `arrivals` what a later arrival of the same poll has replaced: both would fill the same result block. */

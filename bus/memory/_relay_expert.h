@@ -17,7 +17,8 @@ typedef struct {
     Py_buffer view;
     Py_ssize_t rows, pairs;          /* that it has room for */
     int32_t *pair_row, *pair_expert; /* NULL: not there yet */
-    float *x, *y;                    /* where INT8 is widened only */
+    float *pair_scale;               /* where INT8 is delivered only */
+    float *x, *y;                    /* where it is widened only */
     uint64_t word;                   /* stamp of the cell that is open, 0 = none */
     uint64_t event_id;
     Py_ssize_t count;

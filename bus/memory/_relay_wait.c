@@ -11,7 +11,7 @@
 #define PROBE_MIN 32
 #define PROBE_MAX 4096
 #define SPIN_ROUNDS 8          /* half of what it takes to switch to another process and back */
-#define YIELD_NS_MAX 1000000LL /* waits that take longer gain little from being polled for */
+#define YIELD_NS_MAX 4000000LL /* waits that take longer gain little from being polled for */
 
 void
 waiter_init(waiter_t *waiter, int64_t yield_ns)

@@ -100,9 +100,9 @@ class Int8Arrival:
     """Work that reached an expert rank, INT8 as it came: fill `y` and `y_scale`, then `commit`.
 
     x: [num_rows, hidden] int8, x_scale: [num_rows] float32, read in place from the sender's segment: a value is
-    float32(x) * x_scale of its row; NaN says that the row was not finite. y: [num_pairs, hidden] int8, y_scale:
-    [num_pairs] float32, to be filled: what the attention rank adds, without another rounding. The rest is as in
-    `Arrival`.
+    float32(x) * x_scale of its row; NaN says that the row was not finite. pair_scale: [num_pairs] float32, own memory,
+    x_scale of each pair's row. y: [num_pairs, hidden] int8, y_scale: [num_pairs] float32, to be filled: what the
+    attention rank adds, without another rounding. The rest is as in `Arrival`.
     """
 
     peer: int
@@ -113,6 +113,7 @@ class Int8Arrival:
     pair_expert: Int32Array
     y: Int8Array
     y_scale: Float32Array
+    pair_scale: Float32Array
     cell: int
     stamp: int
 
@@ -123,7 +124,7 @@ class Int8Arrival:
 
 
 _Cut: TypeAlias = tuple[
-    npt.NDArray[Any], Float32Array, Int32Array, Int32Array, npt.NDArray[Any], Float32Array
+    npt.NDArray[Any], Float32Array, Int32Array, Int32Array, npt.NDArray[Any], Float32Array, Float32Array
 ]
 
 
@@ -131,8 +132,8 @@ _Cut: TypeAlias = tuple[
 class _Views:
     """Full-size arrays of the arrivals of one cell; scales where INT8 is delivered.
 
-    cuts: what arrivals of (rows, pairs) see of them: x, x_scale, pair_row, pair_expert, y, y_scale. Sizes come again,
-    and cutting six arrays takes as long as all else that an arrival costs in Python.
+    cuts: what arrivals of (rows, pairs) see of them: x, x_scale, pair_row, pair_expert, y, y_scale, pair_scale. Sizes
+    come again, and cutting the arrays takes as long as all else that an arrival costs in Python.
     """
 
     peer: int
@@ -142,6 +143,7 @@ class _Views:
     y: npt.NDArray[Any]
     x_scale: Float32Array
     y_scale: Float32Array
+    pair_scale: Float32Array
     cuts: dict[tuple[int, int], _Cut] = field(default_factory=dict)
 
     def cut(self, num_rows: int, num_pairs: int) -> _Cut:
@@ -157,13 +159,17 @@ class _Views:
                 self.x_scale[:num_rows],
                 *pairs,
                 *ys,
+                self.pair_scale[:num_pairs],
             )
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Private memory of the arrivals of one cell, [pair_row | pair_expert | of widened INT8: x | y]; what it holds."""
+    """Private memory of the arrivals of one cell; what it holds.
+
+    words: [pair_row | pair_expert | of delivered INT8: pair_scale | of widened INT8: x | y].
+    """
 
     words: Int32Array
     rows: int
@@ -227,7 +233,7 @@ class RoutedExpert:
         opened = []
         for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
             views = self._views.get(cell) or self._make_views(cell)
-            x, _, pair_row, pair_expert, y, _ = views.cut(num_rows, num_pairs)
+            x, _, pair_row, pair_expert, y, _, _ = views.cut(num_rows, num_pairs)
             opened.append(Arrival(views.peer, event_id, x, pair_row, pair_expert, y, cell, stamp))
         return opened
 
@@ -238,8 +244,10 @@ class RoutedExpert:
         opened = []
         for cell, stamp, event_id, num_rows, num_pairs in self._poll(on_corrupt):
             views = self._views.get(cell) or self._make_views(cell)
-            arrays = views.cut(num_rows, num_pairs)
-            opened.append(Int8Arrival(views.peer, event_id, *arrays, cell, stamp))
+            x, x_scale, row, expert, y, y_scale, scale = views.cut(num_rows, num_pairs)
+            opened.append(
+                Int8Arrival(views.peer, event_id, x, x_scale, row, expert, y, y_scale, scale, cell, stamp)
+            )
         return opened
 
     def _poll(self, on_corrupt: OnCorrupt) -> Sequence[_Entry]:
@@ -375,7 +383,9 @@ class RoutedExpert:
     def _make_memory(self, cell: int, num_rows: int, num_pairs: int) -> None:
         shape = self._shape
         rows, pairs = _room(num_rows, shape.rows_max), _room(num_pairs, shape.pairs_max)
-        num_private = (rows + pairs) * shape.hidden if shape.int8 and not shape.deliver_int8 else 0
+        num_private = 0
+        if shape.int8:
+            num_private = pairs if shape.deliver_int8 else (rows + pairs) * shape.hidden
         self._memory[cell] = _Memory(np.empty(2 * pairs + num_private, np.int32), rows, pairs)
         self._native.set_slot(cell, self._memory[cell].words, rows, pairs)
         self._views.pop(cell, None)
@@ -390,7 +400,10 @@ class RoutedExpert:
         else:
             rows = self._shared_rows(place)
         x, x_scale, y, y_scale = rows
-        views = self._views[cell] = _Views(place.peer, x, pair_row, pair_expert, y, x_scale, y_scale)
+        pair_scale = private.view(np.float32)
+        views = self._views[cell] = _Views(
+            place.peer, x, pair_row, pair_expert, y, x_scale, y_scale, pair_scale
+        )
         return views
 
     def _shared_rows(
@@ -443,7 +456,7 @@ class RoutedExpert:
     def wait(self, *, timeout_ns: int) -> bool:
         """Wait until someone rings after the last `poll` began; False after `timeout_ns`. Releases the GIL.
 
-        Polls for as long as such waits take, at most 1 ms, while that pays, then sleeps. While guests wait for owners,
+        Polls for as long as such waits take, at most 4 ms, while that pays, then sleeps. While guests wait for owners,
         or a message for its sender's address, it ends after the poll interval at the latest.
         """
         if self._unsolved or self._native.num_relays:

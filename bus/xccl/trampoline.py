@@ -167,7 +167,7 @@ class RoutedAttention:
             PeerDied: an awaited rank's process has ended, or a trampoline says so of an owner. PeerStalled:
             the deadline passed. SegmentCorrupt: an answer contradicts the request. `out` may be partly filled;
             send again under a higher attempt. ValueError: `out`, or the handle is void.
-        Blocks: yes; polls for as long as such waits take, at most 1 ms, then sleeps in the kernel and looks at owner
+        Blocks: yes; polls for as long as such waits take, at most 4 ms, then sleeps in the kernel and looks at owner
         locks meanwhile.
         """
         self._receive(handle, None, out, deadline)

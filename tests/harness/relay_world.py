@@ -117,6 +117,7 @@ def work(arrival: Arrival | Int8Arrival) -> None:
     for i, (row, expert) in enumerate(zip(arrival.pair_row, arrival.pair_expert, strict=True)):
         if isinstance(arrival, Int8Arrival):
             part = slice(row, row + 1)
+            assert arrival.pair_scale[i] == arrival.x_scale[row] or np.isnan(arrival.x_scale[row])
             y = int8_product(int(expert), arrival.x[part], arrival.x_scale[part])
             arrival.y[i : i + 1], arrival.y_scale[i : i + 1] = y
         else:

@@ -87,7 +87,7 @@ def answer(side: RoutedExpert, on_corrupt: Callable[[SegmentCorrupt], None]) -> 
     found = side.poll_int8(on_corrupt)
     for one in found:
         one.y[:] = one.x[one.pair_row, ::-1]
-        one.y_scale[:] = one.x_scale[one.pair_row] * factor(one.pair_expert)
+        one.y_scale[:] = one.pair_scale * factor(one.pair_expert)
         side.commit(one)
     return len(found)
 

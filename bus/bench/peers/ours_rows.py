@@ -14,7 +14,7 @@ import numpy as np
 from bus.bench.meeting import Meeting, Message
 from bus.bench.peers.limit_rows import LIMIT, LimitRows
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
-from bus.bench.rows import NUM_CHECKED, PLAIN, SCALE_BYTES, RowsWay, check_plain, plain_blocks, timed
+from bus.bench.rows import NUM_CHECKED, PLAIN, RowsWay, check_plain, plain_blocks, timed
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory import _collectives
@@ -250,10 +250,8 @@ class Routing(Case):
 
     def _work_int8(self, side: RoutedExpert) -> None:
         for arrival in side.poll_int8(_raise):
-            y_scale = arrival.y_scale
             _collectives.gather_rows(arrival.y, arrival.pair_row, arrival.x, self.shape.hidden)
-            _collectives.gather_rows(y_scale, arrival.pair_row, arrival.x_scale, SCALE_BYTES)
-            np.multiply(y_scale, self._factor, out=y_scale)
+            np.multiply(arrival.pair_scale, self._factor, out=arrival.y_scale)
             side.commit(arrival)
 
     def close(self) -> None:

@@ -45,7 +45,12 @@ def report() -> Report:
         "p99_us": 6.0,
         "send_p50_us": 1.0,
     }
-    trampolines = [{**trampoline, "a2e_cell_writes_per_rank": 8.0, "picked": True}]
+    common = {"pick_to_winner": 1.25, "route_costs_ns": "1,2,3,4,5,6"}
+    trampolines = [
+        {**trampoline, **common, "a2e_cell_writes_per_rank": 8.0, "picked": True},
+        {**trampoline, **common, "way": "trampoline", "a2e_cell_writes_per_rank": 1.0, "picked": False}
+        | {"p50_us": 4.0},
+    ]
     return Report(machine.facts(), Plan(), 12.0, absences, records, trampolines)
 
 
@@ -62,8 +67,10 @@ def test_tables_show_every_figure_and_why_one_is_missing() -> None:
     assert any(line.split() == ["ours", "adaptive", "2.25"] for line in lines_with(text, "ours adaptive"))
     assert any("4.0 (3.0)" in line for line in lines_with(text, "A2E + E2A, int8, 4 ranks"))
     assert any("0.05" in line for line in lines_with(text, "pyzmq"))
-    [line] = [line for line in text.splitlines() if "to   8 ranks, direct" in line]
-    assert line.split()[-6:] == ["5.00", "/", "6.00", "1.00", "8", "yes"]
+    [line] = [line for line in text.splitlines() if "to   8 ranks" in line]
+    assert line.split()[-13:-5] == ["5.00", "/", "6.00", "4.00", "/", "6.00", "1.00,", "1.00"]
+    assert line.split()[-5:] == ["8,", "1", "direct", "25", "%"]
+    assert 'xccl.route_costs_ns = "1,2,3,4,5,6"' in text
     assert "openmpi (p2p): missing: mpi4py is not installed" in text
     assert "gloo (moe): failed: died" in text
 
