@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.interop.second import Areas, BusError, Segment
 from tests.interop.second_p2p import Array, Receiver, Sender
+from tests.interop.second_reach import ReadReceiver, ReadSender
 
 DEADLINE_S = 20.0
 APP_BYTES = 1 << 20
@@ -83,6 +84,25 @@ def echo_pulled(child: Child) -> None:
         sender.send_pulled(Array(array.dtype, array.shape, b""), 4096 * i, 2000 + i, deadline())
 
 
+def echo_read(child: Child) -> None:
+    """Return every message's first part, read in the own memory once that is proved; say how often either was."""
+    slots, size = child.config["num_slots"], child.config["slot_bytes"]
+    receiver = ReadReceiver(child.own, child.peer, 1, 0, ring_offset=0, num_slots=slots, slot_bytes=size)
+    sender, num_sent = None, 0
+    for i in range(child.config["count"]):
+        array = receiver.recv(1000 + i, deadline())[0]
+        sender = sender or ReadSender(child.own, child.peer, 1, 0, deadline())
+        if sender.has_proof():
+            num_sent += 1
+            sender.send_read(array, 2000 + i, deadline())
+        else:
+            sender.send([array], 2000 + i, deadline())
+    assert sender is not None
+    say(received=receiver.num_read, sent=num_sent, helped=sender.num_helped)
+    sender.close()
+    receiver.close()
+
+
 def receive(child: Child) -> None:
     """Say the event id, or the error, of `count` messages."""
     receiver = child.receiver()
@@ -112,7 +132,8 @@ def main() -> None:
     role, config = sys.argv[1], json.loads(sys.argv[2])
     child = Child(config)
     try:
-        {"echo": echo, "echo-pulled": echo_pulled, "receive": receive, "send": send}[role](child)
+        roles = {"echo": echo, "echo-pulled": echo_pulled, "echo-read": echo_read}
+        {**roles, "receive": receive, "send": send}[role](child)
         say(done=True)
     except BusError as error:
         say(error=error.name, text=str(error))

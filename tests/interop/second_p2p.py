@@ -1,7 +1,8 @@
 """Point-to-point of the second implementation: both ends of a link, after bus/README.md.
 
 An array is (dtype, shape, bytes); NumPy is not needed. The sender sends inline (one record or many), several
-parts, and from its app area (pull); the receiver takes all of these, and what was put into its app area.
+parts, and from its app area (pull); the receiver takes all of these, and what was put into its app area. What is read
+in the sender's own memory is in second_reach.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.interop.second import (
 )
 
 DATA, ACK, GRANT = 0, 1, 2  # lanes
-INLINE, PULL, PUT = 1, 2, 3
+INLINE, PULL, PUT, READ = 1, 2, 3, 4
 RECORD = struct.Struct("=QIIQ")
 TAG = struct.Struct("=4sBBH4Q")
 REST = struct.Struct("=8Q")
@@ -106,7 +107,7 @@ def unpack_tag(record: Record) -> Header:
     """Read a part's header. SegmentCorrupt."""
     code, ndim, kind, num_more, *dims = TAG.unpack(record.tag)
     skip = 64 if ndim > 4 else 0
-    if ndim > 8 or kind not in (INLINE, PULL, PUT) or len(record.payload) < skip:
+    if ndim > 8 or kind not in (INLINE, PULL, PUT, READ) or len(record.payload) < skip:
         raise SegmentCorrupt(f"tag: ndim {ndim} kind {kind}")
     if skip:
         dims += REST.unpack_from(record.payload)
@@ -288,6 +289,8 @@ class Receiver:
         return chunk_id + 1
 
     def _far_bytes(self, kind: int, pointer: bytearray, num_bytes: int) -> bytearray:
+        if kind == READ:
+            raise SegmentCorrupt("to be read, without a proof that this end can")
         segment = self._peer if kind == PULL else self._own
         (offset,) = struct.unpack("=Q", pointer)
         low, high = segment.areas.app_offset, segment.areas.app_offset + segment.areas.app_bytes

@@ -18,7 +18,8 @@ from bus.memory.ring import RingLayout
 from bus.memory.segment import Segment, segment_name
 from bus.xccl.endpoint import Endpoint, World
 from bus.xccl.p2p import P2p, SlowP2p
-from tests.interop import second
+from tests.harness.reading import can_read_processes
+from tests.interop import second, second_reach
 from tests.interop.conftest import Peer
 
 WORLD = World.of(attention=1, expert=1)
@@ -125,6 +126,30 @@ def test_large_arrays_are_pulled_both_ways(endpoint: Endpoint, start: Callable[.
         p2p.send(array, THEM, 1000 + i, soon())
         assert p2p.recv(None, THEM, 2000 + i, soon()).tobytes() == array.tobytes()
     assert [counters["num_pulled"] for counters in p2p.stats().values()] == [3, 3]
+    assert peer.line() == {"done": True}
+    peer.finish()
+
+
+@pytest.mark.skipif(
+    not (second_reach.is_possible() and can_read_processes()), reason="needs libatomic and process_vm_readv"
+)
+def test_arrays_are_read_in_the_sender_s_memory_both_ways(
+    endpoint: Endpoint, start: Callable[..., Peer]
+) -> None:
+    """Small and large, with more dimensions than the tag has room for; large ones are perhaps copied by both."""
+    peer = start("echo-read", count=8)
+    p2p = P2p(endpoint, read_bytes_min=1024)
+    shapes: list[tuple[int, ...]] = [(512,), (2, 1, 3, 1, 100), (1 << 18,), (1 << 20,)]
+    for i, shape in enumerate(shapes * 2):
+        array = sample("<f4", shape, seed=i)
+        p2p.send(array, THEM, 1000 + i, soon())
+        back = p2p.recv(None, THEM, 2000 + i, soon())
+        assert back.shape == array.shape and back.tobytes() == array.tobytes()
+    found = peer.line()
+    assert (found["received"], found["sent"]) == (7, 7)  # the first of each way proves that it can be done
+    counters = p2p.stats()
+    assert [one["num_pulled"] for one in counters.values()] == [7, 7]
+    assert (counters[THEM, "recv"]["num_shared_bytes"] > 0) == (found["helped"] > 0)
     assert peer.line() == {"done": True}
     peer.finish()
 
