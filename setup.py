@@ -33,6 +33,7 @@ setup(
                     "_pull",
                     "_alltoall",
                     "_swap",
+                    "_persistent",
                 )
             ],
             depends=[*SHARED, *map(str, Path("bus/memory").glob("_collectives*.h"))],

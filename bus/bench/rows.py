@@ -21,6 +21,7 @@ from bus.memory import _collectives
 Bytes = npt.NDArray[np.uint8]
 
 PLAIN = "all-to-all"
+PERSISTENT = "persistent"  # ways that prepare the plain exchange of two buffers once
 NUM_CHECKED = 3
 SCALE_BYTES = 4
 

@@ -197,7 +197,7 @@ def _limit(record: Record) -> str:
 
 def _mean_and_times(record: Record) -> str:
     ratio = record.extra.get("mean_to_ours")
-    mark = "" if ratio is None or record.way == OURS else f" ({ratio:.1f})"
+    mark = "" if ratio is None or record.way.startswith(OURS) else f" ({ratio:.1f})"
     return f"{_us(record.figures.mean_us)}, {_times(record)}{mark}"
 
 

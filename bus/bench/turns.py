@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bus.bench.session import Case, Record, Session
+from bus.bench.rows import PERSISTENT
+from bus.bench.session import OURS, Case, Record, Session
 from bus.bench.stats import figures, mean_ratio, median_ratio, repetitions
 
 REPETITIONS_MIN, REPETITIONS_MAX, REPETITIONS_FIRST = 4, 4_000, 10
@@ -39,8 +40,8 @@ def play_case(
                 samples[way].append([ns for durations in found for ns in durations])
     for way in samples:
         ask(session, section, ways[way], what="finish", way=way)
-    ours = samples.get("ours")
     for way, rounds in samples.items():
+        ours = samples.get(f"{OURS} {PERSISTENT}" if way.endswith(PERSISTENT) else OURS)  # like with like
         extra = {}
         if ours is not None:
             extra = {"to_ours": median_ratio(rounds, ours), "mean_to_ours": mean_ratio(rounds, ours)}

@@ -319,7 +319,7 @@ module_exec(PyObject *module)
 {
     PyType_Spec *specs[] = {&exchange_spec, &alltoall_spec};
     const char *names[] = {"Exchange", "AllToAll"};
-    if (alltoall_init_names() < 0) {
+    if (alltoall_init_names() < 0 || alltoall_init_persistent() < 0) {
         return -1;
     }
     for (int i = 0; i < 2; i++) {

@@ -9,7 +9,8 @@
 
 extern PyType_Spec exchange_spec; /* _collectives_exchange.c */
 extern PyType_Spec alltoall_spec; /* _collectives_alltoall.c */
-int alltoall_init_names(void);    /* _collectives_swap.c */
+int alltoall_init_names(void);      /* _collectives_swap.c */
+int alltoall_init_persistent(void); /* _collectives_persistent.c */
 
 static inline int
 parse_index(PyObject *object, const char *name, Py_ssize_t limit, Py_ssize_t *out)

@@ -53,6 +53,12 @@ class Exchange:
     def event_id(self, microbatch: int, /) -> int: ...
     def stats(self) -> dict[str, int]: ...
 
+class PersistentSwap:
+    """Made by `AllToAll.persistent`; holds both arrays."""
+
+    def exchange(self, event_id: int, deadline_ns: int, /) -> int | None:
+        """One row to and from every rank: None, or a status as of `AllToAll.swap`."""
+
 class AllToAll:
     """One rank's end of the plain all-to-all; protocol in bus/xccl/alltoall.py. Statuses as in `Exchange`; -5: no room.
 
@@ -105,6 +111,8 @@ class AllToAll:
         Without `counts` every rank gives one row. Otherwise a status; -6: not the common form, nothing was done. A
         status >= 0, bytes received: they are there, but no row from each.
         """
+    def persistent(self, array: Buffer, out: Buffer, /) -> PersistentSwap | None:
+        """The same of the same arrays, without counts, again and again; None: not the common form."""
     def resume(self, out: Buffer | None, deadline_ns: int, /) -> int: ...
     def abandon(self) -> None: ...
     def counts(self, out: Buffer, /) -> None: ...

@@ -505,6 +505,8 @@ static PyMethodDef alltoall_methods[] = {
     METHOD(exchange, "exchange(event_id, array or list, counts, row_bytes, out, deadline_ns) -> bytes, or a status."),
     {"swap", (PyCFunction)(void (*)(void))alltoall_swap, METH_FASTCALL,
      "swap(event, array, counts or None, out, came, deadline) -> rows, or a status."},
+    {"persistent", (PyCFunction)(void (*)(void))alltoall_persistent, METH_FASTCALL,
+     "persistent(array, out) -> PersistentSwap, None if they are not of the common form."},
     METHOD(resume, "resume(out, deadline_ns) -> bytes, or a status."),
     METHOD(abandon, "abandon(): give the open exchange up."),
     METHOD(counts, "counts(out): rows that came from each rank."),

@@ -58,7 +58,21 @@ Py_ssize_t alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t de
 /* Note how an exchange has ended, if it has. */
 void alltoall_end(AllToAll *self, Py_ssize_t status);
 
-/* Method `swap`, in _collectives_swap.c. */
+/* _collectives_swap.c. Export an array of rows of numbers; the bytes of a row, or 0 and perhaps an exception. */
+Py_ssize_t alltoall_open_rows(PyObject *object, int flags, Py_buffer *view);
+
+/* Whether both have the same dtype and the same shape but for the number of rows. */
+int alltoall_same_rows(const Py_buffer *one, const Py_buffer *other);
+
+/* Send `num_bytes`, whose places are known, and receive what comes; the bytes received, or a status. */
+Py_ssize_t alltoall_exchange(AllToAll *self, uint64_t event_id, Py_ssize_t num_bytes, const Py_buffer *target,
+                             int64_t deadline);
+
+/* Whether every rank gave one row. */
+int alltoall_is_equal(const AllToAll *self);
+
+/* Methods `swap`, in _collectives_swap.c, and `persistent`, in _collectives_persistent.c. */
 PyObject *alltoall_swap(AllToAll *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *alltoall_persistent(AllToAll *self, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

@@ -74,8 +74,14 @@ row_bytes_of(const Py_buffer *view)
     return size;
 }
 
-static int
-same_rows(const Py_buffer *one, const Py_buffer *other)
+Py_ssize_t
+alltoall_open_rows(PyObject *object, int flags, Py_buffer *view)
+{
+    return PyObject_GetBuffer(object, view, flags | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) < 0 ? 0 : row_bytes_of(view);
+}
+
+int
+alltoall_same_rows(const Py_buffer *one, const Py_buffer *other)
 {
     if (one->ndim != other->ndim || one->itemsize != other->itemsize || strcmp(one->format, other->format) != 0) {
         return 0;
@@ -140,19 +146,19 @@ begin(AllToAll *self, PyObject *array, PyObject *counts, PyObject *out, Py_buffe
         PyObject_GetBuffer(out, target, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0) {
         return -1;
     }
-    if (same_rows(&self->views[0], target) && cut_rows(self, counts) == 0 && alltoall_place(self) == 0) {
+    if (alltoall_same_rows(&self->views[0], target) && cut_rows(self, counts) == 0 && alltoall_place(self) == 0) {
         return 0;
     }
     PyBuffer_Release(target);
     return -1;
 }
 
-/* Send, and receive what has come. Only what takes long lets other threads run: a wait, a long copy. */
-static Py_ssize_t
-exchange(AllToAll *self, uint64_t event_id, const Py_buffer *target, int64_t deadline)
+/* Only what takes long lets other threads run: a wait, a long copy. */
+Py_ssize_t
+alltoall_exchange(AllToAll *self, uint64_t event_id, Py_ssize_t num_bytes, const Py_buffer *target, int64_t deadline)
 {
     Py_ssize_t status = STATUS_WAITING;
-    int is_short = self->views[0].len < GIL_COPY_BYTES && target->len < GIL_COPY_BYTES;
+    int is_short = num_bytes < GIL_COPY_BYTES && target->len < GIL_COPY_BYTES;
     if (is_short) {
         alltoall_send(self, event_id);
         status = alltoall_go_on(self, target->buf, target->len, 0);
@@ -186,9 +192,8 @@ store_counts(const AllToAll *self, PyObject *came)
     return 0;
 }
 
-/* Every rank gave one row. */
-static int
-is_equal(const AllToAll *self)
+int
+alltoall_is_equal(const AllToAll *self)
 {
     for (Py_ssize_t r = 0; r < self->group.num_ranks; r++) {
         if (self->found[2 * r + 1] != (uint64_t)self->row_bytes) {
@@ -219,10 +224,11 @@ alltoall_swap(AllToAll *self, PyObject *const *args, Py_ssize_t nargs)
         begin(self, args[1], args[2], args[3], &target) < 0) {
         return uncommon(self);
     }
-    Py_ssize_t status = exchange(self, event_id, &target, deadline), rows = target.shape[0];
+    Py_ssize_t rows = target.shape[0];
+    Py_ssize_t status = alltoall_exchange(self, event_id, self->views[0].len, &target, deadline);
     PyBuffer_Release(&target);
     alltoall_end(self, status);
-    int is_whole = status >= 0 && (args[2] == Py_None ? is_equal(self) : store_counts(self, args[4]) == 0);
+    int is_whole = status >= 0 && (args[2] == Py_None ? alltoall_is_equal(self) : store_counts(self, args[4]) == 0);
     if (!is_whole) {
         PyErr_Clear();
         return PyLong_FromSsize_t(status);

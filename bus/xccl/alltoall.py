@@ -12,7 +12,8 @@ copies what is for it straight from the other segments.
 
 Pieces of more than 512 bytes in arrays made with `area` travel with one copy, all others with two. When a call
 returns, the arrays that were sent may be written again. With `out`, a call of `exchange` or `exchange_fixed` is one
-call of C. Twin: `bus.xccl.reference.all_to_all`.
+call of C. `persistent` keeps what does not change from one exchange of the same two arrays to the next. Twin:
+`bus.xccl.reference.all_to_all`.
 """
 
 from __future__ import annotations
@@ -200,10 +201,27 @@ class AllToAll:
             rows, counts = self._run(array, ones, row, event, deadline, out)
         else:
             raise ValueError(f"array: {list(array.shape)} must have {self._shape.num_ranks} parts")
+        self._check_one_each(counts, event.pack())
+        return rows
+
+    def persistent(self, array: Array, out: Array) -> PersistentExchange:
+        """Return `exchange_fixed` of these two arrays, to be repeated in a hot loop.
+
+        Both are held until the result is dropped. Raises ValueError as `exchange_fixed` does.
+        """
+        row = self._check_array("array", array)
+        native = self._native.persistent(array, out)
+        if native is None:
+            raise ValueError(
+                f"array, out: {array.dtype}{list(array.shape)} and {out.dtype}{list(out.shape)} must be "
+                f"C-contiguous rows of one kind for {self._num_ranks} ranks, `out` writable"
+            )
+        return PersistentExchange(self, native, row, out)
+
+    def _check_one_each(self, counts: Counts, event_id: int) -> None:
         if (counts != 1).any():
             text = f"gave {counts.tolist()} parts instead of one each"
-            raise self._members.corrupt(text, int(np.argmax(counts != 1)), event.pack())
-        return rows
+            raise self._members.corrupt(text, int(np.argmax(counts != 1)), event_id)
 
     def _check_array(self, name: str, array: Array) -> Row:
         """Return what the rows are."""
@@ -294,6 +312,33 @@ class AllToAll:
     def close(self) -> None:
         """Let go of all mappings. The segment and the table stay the caller's."""
         self._members.close()
+
+
+class PersistentExchange:
+    """Made by `AllToAll.persistent`. May alternate with that end's other exchanges; one at a time."""
+
+    __slots__ = ("_members", "_out", "_row", "_side", "_swap", "_table")
+
+    def __init__(self, side: AllToAll, native: _collectives.PersistentSwap, row: Row, out: Array) -> None:
+        self._side, self._swap, self._row, self._out = side, native.exchange, row, out
+        self._members, self._table = side._members, side._table
+
+    def exchange(self, event_id: int, at_ns: int) -> None:
+        """Do what `AllToAll.exchange_fixed` does, with the packed id of an event and a deadline as `Deadline.at_ns`.
+
+        `event_id + event.STEP` is the same exchange of the next step. The rows are in `out` afterwards.
+        """
+        if self._members.version != self._table.version:
+            self._members.connect(event_id)
+        status = self._swap(event_id, at_ns)
+        if status is not None:
+            self._go_on(status, event_id, at_ns)
+
+    def _go_on(self, status: int, event_id: int, at_ns: int) -> None:
+        side = self._side
+        side._refuse(status, None, event_id)
+        _, counts = side._complete(status, self._row, event_id, Deadline(at_ns), self._out)
+        side._check_one_each(counts, event_id)
 
 
 def _row_bytes(row: Row) -> int:

@@ -18,6 +18,7 @@ _MICROBATCH_SHIFT = _ATTEMPT_BITS
 _LAYER_SHIFT = _MICROBATCH_SHIFT + _MICROBATCH_BITS
 _STEP_SHIFT = _LAYER_SHIFT + _LAYER_BITS
 _STEP_MASK = (1 << _STEP_BITS) - 1
+STEP = 1 << _STEP_SHIFT  # what a step adds to an id, for loops that count in ids
 
 
 class Event(NamedTuple):

@@ -87,8 +87,10 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
     bench.assert_nothing_is_left()
     records = json.loads(found.read_text())["records"]
     by_section = {
-        section: {r["way"] for r in records if r["section"] == section} for section in ("p2p", "moe")
+        section: {r["way"] for r in records if r["section"] == section}
+        for section in ("p2p", "all-to-all", "moe")
     }
+    assert by_section["all-to-all"] == {"ours", "ours persistent", "pyzmq"}
     assert {
         "C limit",
         "ours spin",

@@ -1,4 +1,4 @@
-"""The collectives of the bus: plain all-to-all out of the app area, dispatch + combine, A2E + E2A by both ways.
+"""The collectives of the bus: plain all-to-all out of the app area, dispatch + combine, A2E + E2A both ways.
 
 The experts write into the y that the bus hands them, which lies in shared memory.
 """
@@ -14,7 +14,15 @@ import numpy as np
 from bus.bench.meeting import Meeting, Message
 from bus.bench.peers.limit_rows import LIMIT, LimitRows
 from bus.bench.routing import A2E, DISPATCH, Shape, check_result, expert_factor, inputs
-from bus.bench.rows import NUM_CHECKED, PLAIN, RowsWay, check_plain, plain_blocks, timed
+from bus.bench.rows import (
+    NUM_CHECKED,
+    PERSISTENT,
+    PLAIN,
+    RowsWay,
+    check_plain,
+    plain_blocks,
+    timed,
+)
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory import _collectives
@@ -25,7 +33,7 @@ from bus.xccl.cost import Route
 from bus.xccl.dispatch import Dispatcher
 from bus.xccl.dispatch_layout import DispatchShape
 from bus.xccl.endpoint import Rank
-from bus.xccl.event import Event
+from bus.xccl.event import STEP, Event
 from bus.xccl.group import AddressTable
 from bus.xccl.relay import RoutedExpert
 from bus.xccl.relay_layout import RelayShape
@@ -42,6 +50,7 @@ def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str,
     return {
         OURS: OurRows(meeting, config, {PLAIN: Blocks, DISPATCH: Dispatching, A2E: Routing}),
         TRAMPOLINE: OurRows(meeting, config, {A2E: Bouncing}),
+        f"{OURS} {PERSISTENT}": OurRows(meeting, config, {PLAIN: PersistentBlocks}),
         LIMIT: LimitRows(meeting),
     }
 
@@ -117,6 +126,25 @@ class Blocks(Place):
         """See `Place`."""
         self._out = np.empty((0, 0), np.uint8)  # a view keeps the segment mapped
         self._side.close()
+        super().close()
+
+
+class PersistentBlocks(Blocks):
+    """The same, prepared once."""
+
+    def __init__(self, meeting: Meeting, config: XcclConfig, case: Message, number: int) -> None:
+        super().__init__(meeting, config, case, number)
+        self._exchange = self._side.persistent(self._out, self._rows).exchange
+        self._event_id = Event(0, 0).pack()
+
+    def run(self) -> None:
+        """Exchange once."""
+        self._event_id += STEP
+        self._exchange(self._event_id, self._deadline.at_ns)
+
+    def close(self) -> None:
+        """See `Place`."""
+        del self._exchange
         super().close()
 
 
