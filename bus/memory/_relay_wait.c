@@ -9,7 +9,7 @@
 #define SCORE_MAX 256
 #define SCORE_LOW (SCORE_MAX / 8)
 #define PROBE_MIN 32
-#define PROBE_MAX 4096
+#define PROBE_MAX 64 /* an expert rank's idle beats are lost polls, and must not put off the first that would win */
 #define SPIN_ROUNDS 8          /* half of what it takes to switch to another process and back */
 #define YIELD_NS_MAX 4000000LL /* waits that take longer gain little from being polled for */
 
