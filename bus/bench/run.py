@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from bus.bench import collectives, machine, p2p, trampoline
+from bus.bench import collectives, crowd, machine, p2p, trampoline
 from bus.bench.plan import Plan
 from bus.bench.report import Report
 from bus.bench.session import OURS, Absence, Session, to_stderr
@@ -23,6 +23,8 @@ def run(plan: Plan, progress: Callable[[str], None] = to_stderr) -> Report:
     with Session(plan, progress) as session:
         if p2p.SECTION in plan.sections:
             p2p.run(session)
+        if crowd.SECTION in plan.sections:
+            crowd.run(session)
         sections = tuple(s for s in (collectives.ALL_TO_ALL, collectives.MOE) if s in plan.sections)
         if sections:
             collectives.run(session, sections)

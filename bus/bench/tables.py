@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from bus.bench import routes
 from bus.bench.collectives import ALL_TO_ALL, MOE
+from bus.bench.crowd import SECTION as CROWD
 from bus.bench.kinds import SECTION as KINDS
 from bus.bench.p2p import IDLE, ONE_PAIR
 from bus.bench.p2p import SECTION as P2P
@@ -21,8 +22,9 @@ T = TypeVar("T")
 
 def render(report: Report) -> str:
     """Return all tables."""
-    parts = [machine_line(report), *p2p_tables(report.of(P2P)), *plain_tables(report.of(ALL_TO_ALL))]
+    parts = [machine_line(report), *p2p_tables(report.of(P2P)), *crowd_table(report.of(CROWD))]
     parts += [
+        *plain_tables(report.of(ALL_TO_ALL)),
         *moe_tables(report.of(MOE)),
         *moe_summary(report.of(MOE)),
         *kinds_tables(report.of(KINDS)),
@@ -54,18 +56,20 @@ def p2p_tables(records: Sequence[Record]) -> list[str]:
             _by_size("one pair, p50 relative to the C limit in the same blocks", one, _extra("to_limit")),
             _by_size("one pair, p50 relative to ours adaptive", one, _extra("to_ours")),
         ]
-    crowd = [r for r in records if r.case["scenario"] not in (ONE_PAIR, IDLE)]
-    if crowd:
-        scenarios = _unique(str(r.case["scenario"]) for r in crowd)
-        title = f"{crowd[0].case['size']} bytes, one way, us: p50 / p99"
-        found.append(
-            _table(title, _unique(r.way for r in crowd), scenarios, _cells(crowd, "scenario", _times))
-        )
     idle = [r for r in records if r.case["scenario"] == IDLE]
     if idle:
         cells = {(r.way, "CPU, %"): f"{r.extra['cpu_percent']:.2f}" for r in idle}
         found.append(_table("a waiter to whom nobody sends", _unique(r.way for r in idle), ["CPU, %"], cells))
     return found
+
+
+def crowd_table(records: Sequence[Record]) -> list[str]:
+    """Return the table of the pairs that share the cores with others."""
+    if not records:
+        return []
+    scenarios = _unique(str(r.case["scenario"]) for r in records)
+    title = f"{records[0].case['size']} bytes, one way, us: p50 / p99"
+    return [_table(title, _unique(r.way for r in records), scenarios, _cells(records, "scenario", _times))]
 
 
 def plain_tables(records: Sequence[Record]) -> list[str]:

@@ -80,7 +80,7 @@ def runs(tmp_path: Path) -> Iterator[list[Bench]]:
 
 def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: list[Bench]) -> None:
     found = tmp_path / "found.json"
-    sections = ("--only", "p2p,all-to-all,moe")
+    sections = ("--only", "p2p,crowd,all-to-all,moe")
     bench = Bench(tmp_path, "--peers", "pyzmq,pipe", "--rounds", "1", "--json", str(found), *sections, *SMALL)
     runs.append(bench)
     assert bench.wait() == 0, bench.text()
@@ -104,7 +104,7 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
     assert all(r["p50_us"] > 0 and r["p99_us"] >= r["low_us"] > 0 and r["samples"] > 0 for r in records)
     limited = [r for r in records if r["way"] == "ours adaptive" and r["case"].get("scenario") == "one pair"]
     assert [r["case"]["size"] for r in limited] == [64, 5000] and all(r["to_limit"] > 0 for r in limited)
-    scenarios = {r["case"]["scenario"] for r in records if r["section"] == "p2p"}
+    scenarios = {r["case"]["scenario"] for r in records if r["section"] in ("p2p", "crowd")}
     assert {"one pair", "4 pairs", "sleeping waiter"} < scenarios and len(scenarios) == 5
     text = bench.output.read_text()
     assert "one pair, one way, us: p50 / p99" in text and "dispatch + combine, 2 ranks" in text

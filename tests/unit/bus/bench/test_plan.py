@@ -24,7 +24,7 @@ from services.cli_bench import plan_of
         (["--hidden", "18"], "--hidden 18: must be a multiple of 4"),
         (["--batch", "0"], "--batch 0: must be in 1..4096"),
         (["--rounds", "0"], "--rounds 0: must be in 1..1000"),
-        (["--only", "p2p,nothing"], "--only nothing: must be one of p2p, all-to-all, moe"),
+        (["--only", "p2p,nothing"], "--only nothing: must be one of p2p, crowd, all-to-all, moe"),
         (["--peers", "ucx"], "--peers ucx: must be one of pipe, pyzmq, openmpi"),
         (["--plot", "x.pdf"], "--plot x.pdf: must end with .png or .svg"),
         (["--json", "/nonexistent/x.json"], "--json /nonexistent/x.json: /nonexistent is not a folder"),

@@ -1,0 +1,47 @@
+"""Section crowd: four pairs at once, 64 bytes, alone and beside busy processes at two nice values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+
+from bus.bench.busy import busy
+from bus.bench.pairs import Samples, calibrate, open_pairs, play, record
+from bus.bench.peers.ours import ADAPTIVE, BLOCKING
+from bus.bench.session import OURS, Absence, Session
+
+SECTION = "crowd"
+FOUR_PAIRS = "4 pairs"
+SIZE, NUM_RANKS = 64, 8
+
+
+def run(session: Session) -> None:
+    """Measure the section."""
+    with session.open(SECTION, [OURS, *session.plan.peers], NUM_RANKS):
+        ways = open_pairs(session, SECTION, SIZE, pinned=False)
+        if OURS in ways:
+            ways[OURS] = [ADAPTIVE, BLOCKING]
+        count = session.plan.busy_processes
+        for nice in (None, 19, 0):
+            text = (
+                FOUR_PAIRS if nice is None else f"{FOUR_PAIRS} beside {count} busy processes at nice {nice}"
+            )
+            try:
+                with nullcontext() if nice is None else busy(count, nice):
+                    _measure(session, ways, text)
+            except PermissionError as error:
+                session.note(Absence(SECTION, text, False, str(error)))
+
+
+def _measure(session: Session, ways: dict[str, list[str]], scenario: str) -> None:
+    samples: Samples = defaultdict(list)
+    counts: dict[str, list[int]] = {}
+    for turn in range(session.plan.rounds):
+        session.say(f"{SECTION}: {scenario}, round {turn + 1} of {session.plan.rounds}")
+        for name in list(session.groups):
+            if name not in counts:
+                counts[name] = calibrate(session, SECTION, name, ways[name], SIZE, 1)
+            found = play(session, SECTION, name, ways[name], SIZE, counts[name], 1)
+            for way, rounds in found.items():
+                samples[way, SIZE].append([ns for block in rounds for ns in block])
+    record(session, SECTION, scenario, samples, {})
