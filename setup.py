@@ -14,7 +14,18 @@ setup(
             "bus.memory._native",
             [
                 f"bus/memory/_native{part}.c"
-                for part in ("", "_lanes", "_link", "_reach", "_share", "_send", "_recv", "_bench")
+                for part in (
+                    "",
+                    "_lanes",
+                    "_link",
+                    "_wait",
+                    "_place",
+                    "_reach",
+                    "_share",
+                    "_send",
+                    "_recv",
+                    "_bench",
+                )
             ],
             depends=[*SHARED, "bus/memory/_native_link.h"],
             extra_compile_args=COMPILE_ARGS,

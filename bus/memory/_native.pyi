@@ -143,6 +143,10 @@ class _LinkEnd:
     def num_shared_bytes(self) -> int:
         """Bytes of large arrays that the sender wrote while the receiver read the rest."""
 
+    @property
+    def num_moves(self) -> int:
+        """Moves to the core of the other end."""
+
     def _open(
         self,
         own: Buffer,
@@ -167,6 +171,9 @@ class _LinkEnd:
         yield_ns: int,
         may_sleep: bool,
         copy_lanes: int,
+        own_place: int,
+        peer_place: int,
+        is_first: bool,
     ) -> None:
         """Begin, or begin again, on two mappings. ValueError if an offset is outside them."""
 

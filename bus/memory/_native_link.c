@@ -3,12 +3,6 @@
 
 #include <stdarg.h>
 
-#define SCORE_MAX 1024u
-#define SCORE_LOW 128u /* below it a way of polling is only probed */
-#define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
-#define PROBE_MAX 4096u
-#define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
-
 PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
 static PyObject *name_dtype, *name_str, *name_at_ns;
 
@@ -104,16 +98,18 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     static char *names[] = {"own",       "peer",          "ring_offset", "num_slots",   "slot_bytes",
                             "out_cell",  "in_cell",       "own_bell",    "peer_bell",   "incarnation",
                             "peer_incarnation", "own_app", "peer_app",   "pull_bytes_min", "message_bytes_max", "read_bytes_min",
-                            "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   "copy_lanes",        NULL};
+                            "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   "copy_lanes",
+                            "own_place", "peer_place",    "is_first",    NULL};
     PyObject *own, *peer;
     unsigned long long ring, num_slots, slot_bytes, out_cell, in_cell, own_bell, peer_bell, mine, theirs;
     unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max, read_min;
     long long poll_ns, yield_ns;
-    int pause_rounds, may_sleep, num_lanes;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKKLiLpi", names, &own, &peer, &ring, &num_slots,
+    unsigned long long own_place, peer_place;
+    int pause_rounds, may_sleep, num_lanes, is_first;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKKLiLpiKKp", names, &own, &peer, &ring, &num_slots,
                                      &slot_bytes, &out_cell, &in_cell, &own_bell, &peer_bell, &mine, &theirs, &own_low,
                                      &own_high, &peer_low, &peer_high, &pull_min, &message_max, &read_min, &poll_ns, &pause_rounds,
-                                     &yield_ns, &may_sleep, &num_lanes)) {
+                                     &yield_ns, &may_sleep, &num_lanes, &own_place, &peer_place, &is_first)) {
         return -1;
     }
     if (end->is_busy) {
@@ -141,7 +137,9 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
         check_range("out_cell", out_cell, 2 * CELL_BYTES, peer_view.len, CELL_BYTES) < 0 ||
         check_range("in_cell", in_cell, 2 * CELL_BYTES, own_view.len, CELL_BYTES) < 0 ||
         check_range("own_bell", own_bell, 8, own_view.len, 8) < 0 ||
-        check_range("peer_bell", peer_bell, 8, peer_view.len, 8) < 0 || own_low > own_high || peer_low > peer_high ||
+        check_range("peer_bell", peer_bell, 8, peer_view.len, 8) < 0 ||
+        check_range("own_place", own_place, 4, own_view.len, 4) < 0 ||
+        check_range("peer_place", peer_place, 4, peer_view.len, 4) < 0 || own_low > own_high || peer_low > peer_high ||
         check_range("own_app", own_low, own_high - own_low, own_view.len, 1) < 0 ||
         check_range("peer_app", peer_low, peer_high - peer_low, peer_view.len, 1) < 0) {
         if (!PyErr_Occurred()) {
@@ -178,7 +176,8 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->yield_ns = yield_ns;
     end->may_sleep = may_sleep;
     end->num_lanes = num_lanes;
-    end->pause = end->yield = end->lanes = end->share = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    link_forget_habits(end);
+    place_open(end, (char *)own_view.buf + own_place, (char *)peer_view.buf + peer_place, is_first);
     end->watch = NULL;
     end->watches_only = 0;
     end->deadline = 0;
@@ -321,29 +320,7 @@ link_dtype_code(LinkEnd *end, PyObject *array, char *code)
     return is_plain ? 0 : -1;
 }
 
-/* ---------------------------------------------------------------- habits and copies */
-
-/* Note that a way was tried at the count `now`, and whether it won. */
-void
-link_learn(Habit *habit, uint64_t now, int won)
-{
-    if (won) {
-        habit->score += (SCORE_MAX - habit->score) / 8;
-        habit->interval = PROBE_MIN;
-        return;
-    }
-    habit->score -= habit->score / 8;
-    if (habit->score < SCORE_LOW) {
-        habit->probe_at = now + habit->interval;
-        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
-    }
-}
-
-int
-link_pays(const Habit *habit, uint64_t now)
-{
-    return habit->score >= SCORE_LOW || now >= habit->probe_at;
-}
+/* ---------------------------------------------------------------- copies */
 
 /* Copy between a private buffer and a segment; long copies release the GIL. */
 void
@@ -448,173 +425,4 @@ link_publish(LinkEnd *end, uint64_t w1, uint64_t w2, uint64_t w3)
         return -1;
     }
     return 0;
-}
-
-/* ---------------------------------------------------------------- waiting */
-
-/* Poll without giving the core away: wins when the peer runs on another core and is quick. */
-static int
-pause_for_news(LinkEnd *end)
-{
-    if (end->pause_rounds == 0 || !link_pays(&end->pause, end->num_waits)) {
-        return 0;
-    }
-    for (int round = 0; round < end->pause_rounds; round++) {
-        if (has_news(end)) {
-            end->num_pause_wins++;
-            link_learn(&end->pause, end->num_waits, 1);
-            return 1;
-        }
-        cpu_relax();
-    }
-    link_learn(&end->pause, end->num_waits, 0);
-    return 0;
-}
-
-/* Poll and give the core away between polls. A yield that was answered late means that others want the core:
- * that counts as lost, even if news came meanwhile. The GIL is released. */
-static int
-yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
-{
-    if (end->yield_ns == 0 || (end->may_sleep && !link_pays(&end->yield, end->num_waits))) {
-        return 0;
-    }
-    int64_t until = deadline_after(start, end->yield_ns + end->patience_ns);
-    int num_pauses = end->pause_rounds == 0 ? 0 : PAUSES_PER_YIELD;
-    until = until < deadline ? until : deadline;
-    for (;;) {
-        if (has_news(end)) {
-            int won = now_ns() <= until;
-            end->num_yield_wins += (unsigned)won;
-            link_learn(&end->yield, end->num_waits, won);
-            return 1;
-        }
-        if (now_ns() >= until) {
-            link_learn(&end->yield, end->num_waits, 0);
-            return 0;
-        }
-        for (int i = 0; i < num_pauses && !has_news(end); i++) {
-            cpu_relax();
-        }
-        if (has_news(end)) {
-            continue;
-        }
-        if (end->may_sleep || end->pause_rounds == 0) {
-            sched_yield();
-        }
-        else {
-            cpu_relax();
-        }
-    }
-}
-
-/* Sleep on the own doorbell until news, `until`, or a signal. 1 news; 0 none yet; -1 errno. The GIL is released. */
-static int
-sleep_for_news(LinkEnd *end, int64_t until)
-{
-    struct timespec time = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
-    uint32_t *bell = end->own_bell;
-    int outcome = 0;
-    uint32_t seen = __atomic_load_n(&bell[0], __ATOMIC_ACQUIRE); /* SYNC: word */
-    if (has_news(end)) {
-        return 1;
-    }
-    end->num_sleeps++;
-    __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-    if (__atomic_load_n(&bell[0], __ATOMIC_SEQ_CST) == seen && /* SYNC: doorbell */
-        syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seen, &time, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
-        errno != EAGAIN && errno != ETIMEDOUT) {
-        outcome = -1;
-    }
-    int error = errno;
-    __atomic_fetch_sub(&bell[1], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
-    errno = error;
-    return outcome < 0 ? outcome : has_news(end);
-}
-
-/* Look whether the peer lives. 0: it does; 1: it does not, but there is news; -1: a Python error is set. */
-static int
-poll_peer(LinkEnd *end, uint64_t event_id)
-{
-    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
-    PyObject *error = link_call(end, name_poll, event, NULL);
-    Py_XDECREF(event);
-    if (error == NULL) {
-        return -1;
-    }
-    int outcome = 0;
-    if (error != Py_None) {
-        outcome = has_news(end) ? 1 : -1; /* what it published before it died is still found */
-        if (outcome < 0) {
-            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        }
-    }
-    Py_DECREF(error);
-    return outcome;
-}
-
-/* Raise what is known against the peer's life: -1. Otherwise 0. */
-int
-link_check_peer(LinkEnd *end, uint64_t event_id)
-{
-    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
-    PyObject *error = link_call(end, name_poll, event, NULL);
-    Py_XDECREF(event);
-    if (error == NULL) {
-        return -1;
-    }
-    int is_dead = error != Py_None;
-    if (is_dead) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    }
-    Py_DECREF(error);
-    return is_dead ? -1 : 0;
-}
-
-/* Wait until the other side writes its cell. 1: it has; 0: `deadline` passed; -1: a Python error is set. */
-int
-link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
-{
-    end->num_waits++;
-    if (pause_for_news(end)) {
-        return 1; /* so short that the GIL was kept */
-    }
-    PyThreadState *state = PyEval_SaveThread();
-    int64_t start = now_ns(), poll_at = deadline_after(start, end->poll_ns);
-    int outcome = yield_for_news(end, start, end->may_sleep ? deadline : poll_at);
-    while (outcome == 0) {
-        int64_t now = now_ns();
-        if (now >= deadline) {
-            outcome = has_news(end);
-            break;
-        }
-        if (now >= poll_at) {
-            PyEval_RestoreThread(state);
-            outcome = poll_peer(end, event_id);
-            if (outcome != 0) {
-                return outcome;
-            }
-            poll_at = deadline_after(now_ns(), end->poll_ns);
-            state = PyEval_SaveThread();
-            continue;
-        }
-        int64_t until = deadline < poll_at ? deadline : poll_at;
-        outcome = end->may_sleep ? sleep_for_news(end, until) : yield_for_news(end, now, until);
-        if (outcome < 0) {
-            int error = errno;
-            PyEval_RestoreThread(state);
-            errno = error;
-            if (error != EINTR) {
-                PyErr_SetFromErrno(PyExc_OSError);
-                return -1;
-            }
-            if (PyErr_CheckSignals() < 0) {
-                return -1;
-            }
-            state = PyEval_SaveThread();
-            outcome = 0;
-        }
-    }
-    PyEval_RestoreThread(state);
-    return outcome;
 }

@@ -148,6 +148,12 @@ typedef struct {
     int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
     int pause_rounds, may_sleep;
     Habit pause, yield;
+    /* places, see _native_place.c */
+    uint32_t *own_place;
+    const uint32_t *peer_place;
+    uint32_t place, joined_place; /* of this end now; of both when they were last together */
+    int is_first, num_apart;
+    int64_t move_at, move_ns;
     int num_lanes; /* threads that share a long copy */
     uint64_t num_long_copies;
     Habit lanes;
@@ -157,7 +163,7 @@ typedef struct {
     char dtype_code[4];
     /* counters */
     unsigned long long num_messages, num_bytes, num_chunks, num_pulled;
-    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps, num_lane_blocks, num_shared_bytes;
+    unsigned long long num_waits, num_pause_wins, num_yield_wins, num_sleeps, num_lane_blocks, num_shared_bytes, num_moves;
 } LinkEnd;
 
 #define HIDDEN __attribute__((visibility("hidden")))
@@ -187,6 +193,10 @@ HIDDEN void share_help(LinkEnd *end);
 HIDDEN void share_end_limbo(LinkEnd *end, int is_dead);
 HIDDEN int link_pays(const Habit *habit, uint64_t now);
 HIDDEN void link_learn(Habit *habit, uint64_t now, int won);
+HIDDEN void link_forget_habits(LinkEnd *end);
+HIDDEN int link_is_crowded(int64_t now);
+HIDDEN void place_open(LinkEnd *end, char *own, const char *peer, int is_first);
+HIDDEN void place_after_sleep(LinkEnd *end, int64_t start);
 HIDDEN void link_offer(LinkEnd *end);
 HIDDEN void link_answer(LinkEnd *end);
 HIDDEN int link_is_readable(LinkEnd *end);

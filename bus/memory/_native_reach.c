@@ -4,7 +4,6 @@
  * it; only then does the sender send pointers. Both words lie in the second half of the lines of the data and ack cells.
  * Every later read fetches the nonce too, in the same system call, so that another process that has got the id
  * meanwhile is not mistaken for the sender. */
-#define _GNU_SOURCE
 #include "_native_link.h"
 
 #include <sys/random.h>

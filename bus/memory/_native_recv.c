@@ -687,6 +687,7 @@ static PyMemberDef members[] = {
     COUNTER(num_sleeps),
     COUNTER(num_lane_blocks),
     COUNTER(num_shared_bytes),
+    COUNTER(num_moves),
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -49,12 +49,13 @@ class Doorbell:
 
 @dataclass(frozen=True, slots=True)
 class LinkWait:
-    """The same strategy for the ends of links, which wait in C (bus/memory/_native_link.c) and learn per ring.
+    """The same strategy for the ends of links, which wait in C (bus/memory/_native_wait.c) and learn per ring.
 
     `pause_rounds` polls without giving the core away and the GIL kept, then up to `yield_ns` of polls that give the
     core away, then sleep if `may_sleep`. For each kind of polling an end
     keeps a moving average of how often it won (weight 1/8 for the newest wait) and polls that way only while it
-    wins one time in eight; otherwise it is probed after 32 waits, then 64, ... up to 4,096.
+    wins one time in eight; otherwise it is probed after 32 waits, then 64, ... up to 4,096. Beside processes that
+    compute, all ends of a process leave yields out, and the ends of a link join on a core.
     """
 
     pause_rounds: int

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from bus.clock import NS_PER_MS, Deadline
 from bus.errors import EventMismatch, PeerDied, SegmentCorrupt, XcclError
 from bus.memory import _native
-from bus.memory.layout import DOORBELL_OFFSET, SegmentLayout
+from bus.memory.layout import DOORBELL_OFFSET, LINK_PLACE_OFFSET, SegmentLayout
 from bus.memory.ring import RingLayout
 from bus.memory.segment import Segment
 from bus.xccl.endpoint import P2P_ACK_LANE, P2P_DATA_LANE, Endpoint, Rank
@@ -68,6 +68,7 @@ class LinkStats(TypedDict):
     num_sleeps: int
     num_lane_blocks: int
     num_shared_bytes: int
+    num_moves: int
 
 
 # Loops repeat few shapes: what follows from one is remembered.
@@ -118,6 +119,9 @@ class _Hooks:
             "yield_ns": wait.yield_ns,
             "may_sleep": wait.may_sleep,
             "copy_lanes": endpoint.config.num_lanes,
+            "own_place": LINK_PLACE_OFFSET,
+            "peer_place": LINK_PLACE_OFFSET,
+            "is_first": endpoint.me < self._peer,
         }
 
     def _poll(self, event_id: int) -> PeerDied | None:
@@ -150,6 +154,7 @@ def _counters(end: _native.SendEnd | _native.RecvEnd) -> LinkStats:
         num_sleeps=end.num_sleeps,
         num_lane_blocks=end.num_lane_blocks,
         num_shared_bytes=end.num_shared_bytes,
+        num_moves=end.num_moves,
     )
 
 

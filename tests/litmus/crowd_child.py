@@ -1,7 +1,8 @@
 """One of a crowd on few cores: `crowd_child.py ROLE POD INDEX`. Pairs play ping-pong until told to stop.
 
 Prints `ready SEGMENT`, then after `go PARTNER_SEGMENT` plays; at the end prints `played ROUNDS SLEEPS`. Rounds are
-also in the app area's first word, for the starter to look at. Roles name the way to wait.
+also in the app area's first word, moves to another core in its third, for the starter to look at. Roles name the
+way to wait.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def play(p2p: P2p, endpoint: Endpoint, index: int) -> int:
         rounds += 1
         assert (message == rounds).all(), message
         _native.store_u64(buf, base, rounds)
+        _native.store_u64(buf, base + 16, p2p.sender(partner).num_moves + p2p.receiver(partner).num_moves)
 
 
 def main(role: str, pod: str, index: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.memory.ring import Position, RingLayout
+from bus.memory.wait import WaitStrategy, Yielding
 from bus.xccl.endpoint import Endpoint, Rank, World
 from bus.xccl.p2p import P2p, SlowP2p
 
@@ -24,7 +25,7 @@ LIVING = "none"
 REPEATS = 200  # of the second message by `repeating_sender`
 
 
-def endpoint_of(me: Rank, pod: str, incarnation: int) -> Endpoint:
+def endpoint_of(me: Rank, pod: str, incarnation: int, strategy: WaitStrategy | None = None) -> Endpoint:
     """Open the endpoint of `me`; the other rank may send to it."""
     return Endpoint(
         pod=pod,
@@ -35,6 +36,7 @@ def endpoint_of(me: Rank, pod: str, incarnation: int) -> Endpoint:
         p2p_peers=[peer for peer in WORLD.ranks if peer != me],
         p2p_ring=RING,
         app_bytes=1 << 16,
+        strategy=strategy,
     )
 
 
@@ -155,7 +157,8 @@ def main(role: str, pod: str, incarnation: int, peer_segment: str, point: str, n
         "repeating-sender": (SENDER, repeating_sender),
         "receiver": (RECEIVER, receiver),
     }[role]
-    endpoint = endpoint_of(me, pod, incarnation)
+    # One that sleeps does not share a copy, and beside others that compute it may sleep at once.
+    endpoint = endpoint_of(me, pod, incarnation, Yielding() if role == "repeating-sender" else None)
     endpoint.learn(RECEIVER if me == SENDER else SENDER, 1, peer_segment)
     say("ready", endpoint.segment.name)
     act(endpoint, incarnation, point, num_bytes)

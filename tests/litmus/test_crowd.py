@@ -1,4 +1,5 @@
-"""Twelve processes on two cores, each waiting thousands of times: every wake-up comes, and nobody starves."""
+"""Twelve processes on two cores, each waiting thousands of times: every wake-up comes, and nobody starves. The ends of
+a pair beside others that compute come to share a core."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from bus.bench.busy import busy
 from bus.memory import _native
+from bus.memory.layout import LINK_PLACE_OFFSET
 from bus.memory.segment import Segment
 from tests.harness.poll import eventually
 from tests.litmus.crowd_child import NUM_PROCESSES, STOP
@@ -50,5 +53,34 @@ def test_a_crowd_on_two_cores_shares_them(pod: str, spawn: Spawn, strategy: str)
     for child in children:
         child.say("bye")
     assert [child.wait() for child in children] == [0] * NUM_PROCESSES
+    for segment in segments:
+        segment.close()
+
+
+def test_the_ends_of_a_pair_join_where_others_compute(pod: str, spawn: Spawn) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("this machine lends a single core")
+    with busy(2 * len(cores), 19):
+        children = [spawn("adaptive", pod, i, cpus={cores[i]}, script="crowd_child.py") for i in (0, 1)]
+        names = [child.line().split()[1] for child in children]
+        segments = [Segment.attach(name) for name in names]
+        for child, name in zip(children, reversed(names), strict=True):
+            child.say(f"go {name}")
+        base, first = segments[0].layout.app_offset, children[0].process.pid
+
+        def has_joined() -> bool:
+            """The first is held apart, then let go: it joins the second, or the kernel moves it, and we try again."""
+            is_apart = _native.load_u32(segments[0].buf, LINK_PLACE_OFFSET) == 1 + cores[0]
+            os.sched_setaffinity(first, set(cores) if is_apart else cores[:1])
+            return _native.load_u64(segments[0].buf, base + 16) > 0
+
+        eventually(has_joined, timeout_s=GIVE_UP_S, what="the first end moves to the second")
+        assert _native.load_u64(segments[1].buf, base + 16) == 0, "it may not leave its core"
+        _native.store_u64(segments[0].buf, base + 8, STOP)
+        assert [child.line().split()[0] for child in children] == ["played", "played"]
+    for child in children:
+        child.say("bye")
+    assert [child.wait() for child in children] == [0, 0]
     for segment in segments:
         segment.close()

@@ -4,7 +4,7 @@ dead for new.
 The receiver lives; the sender's first incarnation may be killed anywhere, which frees its owner lock at that
 moment (the kernel does it), and leaves half-written slots, an unrung bell, or its mark on a bell. The survivor
 sleeps at most a poll interval (`or timeout`), looks at the lock, and then once more at its cell:
-`link_await_news` and `poll_peer` of bus/memory/_native_link.c. The next incarnation begins when it holds the
+`link_await_news` and `poll_peer` of bus/memory/_native_wait.c. The next incarnation begins when it holds the
 rank's lock, has an own segment without a grant, and writes after the survivor has granted it the ring anew:
 `_renew` of bus/xccl/channel.py. A cell is one word here, its stamp the incarnation.
 """

@@ -106,6 +106,9 @@ def test_open_refuses_offsets_outside_the_mappings() -> None:
         "pause_rounds": 1,
         "yield_ns": 1,
         "may_sleep": True,
+        "own_place": 512,
+        "peer_place": 516,
+        "is_first": True,
     }
     end = _native.RecvEnd()
     end._open(buffer, buffer, **good)
@@ -119,6 +122,8 @@ def test_open_refuses_offsets_outside_the_mappings() -> None:
         "in_cell": 8192,
         "own_bell": 8190,
         "peer_bell": 2**63,
+        "own_place": 514,
+        "peer_place": 8192,
         "own_app": (0, 8193),
         "peer_app": (5, 4),
         "poll_ns": 0,

@@ -1,0 +1,277 @@
+/* How an end of a link waits: polls, yields, sleep, and what it learns of them. See bus/README.md, "Doorbells". */
+#include "_native_link.h"
+
+#define SCORE_MAX 1024u
+#define SCORE_LOW 128u /* below it a way of polling is only probed */
+#define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
+#define PROBE_MAX 4096u
+#define LATE_NS 200000LL        /* a yield answered so late was answered after somebody who computes */
+#define YIELD_GAIN_NS 3000LL    /* what one that is answered in time wins against sleeping */
+#define DEBT_NS_MAX 8000000LL   /* the loss that is borne */
+#define NO_YIELDS_NS_MIN 8000000LL
+#define NO_YIELDS_NS_MAX 2000000000LL
+#define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
+
+/* ---------------------------------------------------------------- habits */
+
+/* Note that a way was tried at the count `now`, and whether it won. */
+void
+link_learn(Habit *habit, uint64_t now, int won)
+{
+    if (won) {
+        habit->score += (SCORE_MAX - habit->score) / 8;
+        habit->interval = PROBE_MIN;
+        return;
+    }
+    habit->score -= habit->score / 8;
+    if (habit->score < SCORE_LOW) {
+        habit->probe_at = now + habit->interval;
+        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
+    }
+}
+
+void
+link_forget_habits(LinkEnd *end)
+{
+    end->pause = end->yield = end->lanes = end->share = (Habit){SCORE_MAX, PROBE_MIN, 0};
+}
+
+int
+link_pays(const Habit *habit, uint64_t now)
+{
+    return habit->score >= SCORE_LOW || now >= habit->probe_at;
+}
+
+/* ---------------------------------------------------------------- crowded cores */
+
+/* What yields have cost this process of late: the time of those that were answered late, less what the others have won
+ * against sleeping. When that is too much, all ends leave yields out for a while, twice as long each time until they pay
+ * again: it is about the machine. A process that yields beside others that compute loses a whole slice to them, now and
+ * then; one that sleeps is preferred to them when it is woken. */
+static struct {
+    int64_t debt_ns, until, pause_ns;
+} yields = {0, 0, NO_YIELDS_NS_MIN};
+
+static int64_t
+get(const int64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static void
+set(int64_t *word, int64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+static void
+note_late_yield(int64_t now, int64_t lost)
+{
+    int64_t debt = get(&yields.debt_ns) + lost, pause = get(&yields.pause_ns);
+    if (debt >= DEBT_NS_MAX) {
+        debt = DEBT_NS_MAX / 2;
+        set(&yields.until, now + pause);
+        set(&yields.pause_ns, pause < NO_YIELDS_NS_MAX ? 2 * pause : pause);
+    }
+    set(&yields.debt_ns, debt);
+}
+
+static void
+note_won_yield(void)
+{
+    int64_t debt = get(&yields.debt_ns);
+    if (debt == 0) {
+        return;
+    }
+    set(&yields.debt_ns, debt > YIELD_GAIN_NS ? debt - YIELD_GAIN_NS : 0);
+    if (debt <= YIELD_GAIN_NS) {
+        set(&yields.pause_ns, NO_YIELDS_NS_MIN);
+    }
+}
+
+/* Whether yields are left out at `now`. */
+int
+link_is_crowded(int64_t now)
+{
+    return now < get(&yields.until);
+}
+
+/* ---------------------------------------------------------------- waiting */
+
+/* Poll without giving the core away: wins when the peer runs on another core and is quick. */
+static int
+pause_for_news(LinkEnd *end)
+{
+    if (end->pause_rounds == 0 || !link_pays(&end->pause, end->num_waits)) {
+        return 0;
+    }
+    for (int round = 0; round < end->pause_rounds; round++) {
+        if (has_news(end)) {
+            end->num_pause_wins++;
+            link_learn(&end->pause, end->num_waits, 1);
+            return 1;
+        }
+        cpu_relax();
+    }
+    link_learn(&end->pause, end->num_waits, 0);
+    return 0;
+}
+
+/* Poll and give the core away between polls. A yield that was answered late means that others want the core:
+ * that counts as lost, even if news came meanwhile. The GIL is released. */
+static int
+yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
+{
+    if (end->yield_ns == 0 || (end->may_sleep && (link_is_crowded(start) || !link_pays(&end->yield, end->num_waits)))) {
+        return 0;
+    }
+    int64_t until = deadline_after(start, end->yield_ns + end->patience_ns), last = start;
+    int num_pauses = end->pause_rounds == 0 ? 0 : PAUSES_PER_YIELD;
+    until = until < deadline ? until : deadline;
+    for (;;) {
+        int found = has_news(end);
+        int64_t now = now_ns();
+        if (end->may_sleep && now - last >= LATE_NS + end->patience_ns) {
+            note_late_yield(now, now - last);
+            link_learn(&end->yield, end->num_waits, 0);
+            return found;
+        }
+        if (found || now >= until) {
+            int won = found && now <= until;
+            if (won) {
+                note_won_yield();
+            }
+            end->num_yield_wins += (unsigned)won;
+            link_learn(&end->yield, end->num_waits, won);
+            return found;
+        }
+        last = now;
+        for (int i = 0; i < num_pauses && !has_news(end); i++) {
+            cpu_relax();
+        }
+        if (has_news(end)) {
+            continue;
+        }
+        if (end->may_sleep || end->pause_rounds == 0) {
+            sched_yield();
+        }
+        else {
+            cpu_relax();
+        }
+    }
+}
+
+/* Sleep on the own doorbell until news, `until`, or a signal. 1 news; 0 none yet; -1 errno. The GIL is released. */
+static int
+sleep_for_news(LinkEnd *end, int64_t until)
+{
+    struct timespec time = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
+    uint32_t *bell = end->own_bell;
+    int outcome = 0;
+    uint32_t seen = __atomic_load_n(&bell[0], __ATOMIC_ACQUIRE); /* SYNC: word */
+    if (has_news(end)) {
+        return 1;
+    }
+    end->num_sleeps++;
+    __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
+    if (__atomic_load_n(&bell[0], __ATOMIC_SEQ_CST) == seen && /* SYNC: doorbell */
+        syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seen, &time, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
+        errno != EAGAIN && errno != ETIMEDOUT) {
+        outcome = -1;
+    }
+    int error = errno;
+    __atomic_fetch_sub(&bell[1], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
+    errno = error;
+    return outcome < 0 ? outcome : has_news(end);
+}
+
+/* Look whether the peer lives. 0: it does; 1: it does not, but there is news; -1: a Python error is set. */
+static int
+poll_peer(LinkEnd *end, uint64_t event_id)
+{
+    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
+    PyObject *error = link_call(end, name_poll, event, NULL);
+    Py_XDECREF(event);
+    if (error == NULL) {
+        return -1;
+    }
+    int outcome = 0;
+    if (error != Py_None) {
+        outcome = has_news(end) ? 1 : -1; /* what it published before it died is still found */
+        if (outcome < 0) {
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        }
+    }
+    Py_DECREF(error);
+    return outcome;
+}
+
+/* Raise what is known against the peer's life: -1. Otherwise 0. */
+int
+link_check_peer(LinkEnd *end, uint64_t event_id)
+{
+    PyObject *event = PyLong_FromUnsignedLongLong(event_id);
+    PyObject *error = link_call(end, name_poll, event, NULL);
+    Py_XDECREF(event);
+    if (error == NULL) {
+        return -1;
+    }
+    int is_dead = error != Py_None;
+    if (is_dead) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    }
+    Py_DECREF(error);
+    return is_dead ? -1 : 0;
+}
+
+/* Wait until the other side writes its cell. 1: it has; 0: `deadline` passed; -1: a Python error is set. */
+int
+link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
+{
+    end->num_waits++;
+    if (pause_for_news(end)) {
+        return 1; /* so short that the GIL was kept */
+    }
+    PyThreadState *state = PyEval_SaveThread();
+    unsigned long long num_sleeps = end->num_sleeps;
+    int64_t start = now_ns(), poll_at = deadline_after(start, end->poll_ns);
+    int outcome = yield_for_news(end, start, end->may_sleep ? deadline : poll_at);
+    while (outcome == 0) {
+        int64_t now = now_ns();
+        if (now >= deadline) {
+            outcome = has_news(end);
+            break;
+        }
+        if (now >= poll_at) {
+            PyEval_RestoreThread(state);
+            outcome = poll_peer(end, event_id);
+            if (outcome != 0) {
+                return outcome;
+            }
+            poll_at = deadline_after(now_ns(), end->poll_ns);
+            state = PyEval_SaveThread();
+            continue;
+        }
+        int64_t until = deadline < poll_at ? deadline : poll_at;
+        outcome = end->may_sleep ? sleep_for_news(end, until) : yield_for_news(end, now, until);
+        if (outcome < 0) {
+            int error = errno;
+            PyEval_RestoreThread(state);
+            errno = error;
+            if (error != EINTR) {
+                PyErr_SetFromErrno(PyExc_OSError);
+                return -1;
+            }
+            if (PyErr_CheckSignals() < 0) {
+                return -1;
+            }
+            state = PyEval_SaveThread();
+            outcome = 0;
+        }
+    }
+    if (outcome == 1 && end->num_sleeps != num_sleeps) {
+        place_after_sleep(end, start);
+    }
+    PyEval_RestoreThread(state);
+    return outcome;
+}
