@@ -146,7 +146,7 @@ typedef struct {
     /* waiting */
     int64_t poll_ns, yield_ns;
     int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
-    int pause_rounds, may_sleep;
+    int pause_rounds, may_sleep, was_crowded;
     Habit pause, yield;
     /* places, see _native_place.c */
     uint32_t *own_place;

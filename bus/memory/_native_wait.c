@@ -1,15 +1,19 @@
 /* How an end of a link waits: polls, yields, sleep, and what it learns of them. See bus/README.md, "Doorbells". */
 #include "_native_link.h"
 
+#include <fcntl.h>
+#include <stdio.h>
+
 #define SCORE_MAX 1024u
 #define SCORE_LOW 128u /* below it a way of polling is only probed */
 #define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
 #define PROBE_MAX 4096u
-#define LATE_NS 200000LL        /* a yield answered so late was answered after somebody who computes */
-#define YIELD_GAIN_NS 3000LL    /* what one that is answered in time wins against sleeping */
-#define DEBT_NS_MAX 8000000LL   /* the loss that is borne */
+#define LATE_NS 700000LL        /* a yield answered so late was answered after somebody who computes */
+#define POLL_GAIN_NS 3000LL     /* what a wait that polls end in time wins against sleeping */
+#define DEBT_NS_MAX 24000000LL  /* the loss that is borne */
 #define NO_YIELDS_NS_MIN 8000000LL
-#define NO_YIELDS_NS_MAX 2000000000LL
+#define NO_YIELDS_NS_MAX 256000000LL
+#define UNTRIED ((Habit){SCORE_MAX, PROBE_MIN, 0})
 #define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
 
 /* ---------------------------------------------------------------- habits */
@@ -33,7 +37,8 @@ link_learn(Habit *habit, uint64_t now, int won)
 void
 link_forget_habits(LinkEnd *end)
 {
-    end->pause = end->yield = end->lanes = end->share = (Habit){SCORE_MAX, PROBE_MIN, 0};
+    end->pause = end->yield = end->lanes = end->share = UNTRIED;
+    end->was_crowded = 0;
 }
 
 int
@@ -44,7 +49,7 @@ link_pays(const Habit *habit, uint64_t now)
 
 /* ---------------------------------------------------------------- crowded cores */
 
-/* What yields have cost this process of late: the time of those that were answered late, less what the others have won
+/* What yields have cost this process of late: the time of those that were answered late, less what polling has won
  * against sleeping. When that is too much, all ends leave yields out for a while, twice as long each time until they pay
  * again: it is about the machine. A process that yields beside others that compute loses a whole slice to them, now and
  * then; one that sleeps is preferred to them when it is woken. */
@@ -64,9 +69,28 @@ set(int64_t *word, int64_t value)
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
+/* Whether more threads of the machine can run than it has cores; if it does not say so, they might. A yield is answered
+ * late too because a hypervisor has taken the core away, and then sleeping would be no better. */
+static int
+has_too_many_runnable(void)
+{
+    char text[64] = "";
+    int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC), num_running;
+    if (fd < 0) {
+        return 1;
+    }
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    return size <= 0 || sscanf(text, "%*s %*s %*s %d/", &num_running) != 1 ||
+           num_running > sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 static void
 note_late_yield(int64_t now, int64_t lost)
 {
+    if (!has_too_many_runnable()) {
+        return;
+    }
     int64_t debt = get(&yields.debt_ns) + lost, pause = get(&yields.pause_ns);
     if (debt >= DEBT_NS_MAX) {
         debt = DEBT_NS_MAX / 2;
@@ -77,14 +101,14 @@ note_late_yield(int64_t now, int64_t lost)
 }
 
 static void
-note_won_yield(void)
+note_won_polls(void)
 {
     int64_t debt = get(&yields.debt_ns);
     if (debt == 0) {
         return;
     }
-    set(&yields.debt_ns, debt > YIELD_GAIN_NS ? debt - YIELD_GAIN_NS : 0);
-    if (debt <= YIELD_GAIN_NS) {
+    set(&yields.debt_ns, debt > POLL_GAIN_NS ? debt - POLL_GAIN_NS : 0);
+    if (debt <= POLL_GAIN_NS) {
         set(&yields.pause_ns, NO_YIELDS_NS_MIN);
     }
 }
@@ -109,6 +133,7 @@ pause_for_news(LinkEnd *end)
         if (has_news(end)) {
             end->num_pause_wins++;
             link_learn(&end->pause, end->num_waits, 1);
+            note_won_polls();
             return 1;
         }
         cpu_relax();
@@ -122,7 +147,12 @@ pause_for_news(LinkEnd *end)
 static int
 yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
 {
-    if (end->yield_ns == 0 || (end->may_sleep && (link_is_crowded(start) || !link_pays(&end->yield, end->num_waits)))) {
+    int is_crowded = end->may_sleep && link_is_crowded(start);
+    if (end->was_crowded && !is_crowded) {
+        end->pause = end->yield = UNTRIED; /* what was learned meanwhile is about sleepers */
+    }
+    end->was_crowded = is_crowded;
+    if (end->yield_ns == 0 || is_crowded || (end->may_sleep && !link_pays(&end->yield, end->num_waits))) {
         return 0;
     }
     int64_t until = deadline_after(start, end->yield_ns + end->patience_ns), last = start;
@@ -139,7 +169,7 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
         if (found || now >= until) {
             int won = found && now <= until;
             if (won) {
-                note_won_yield();
+                note_won_polls();
             }
             end->num_yield_wins += (unsigned)won;
             link_learn(&end->yield, end->num_waits, won);
