@@ -36,7 +36,7 @@ from bus.memory.segment import segment_prefix, sweep
 from tests.native.build import ExtensionSource, build_all, build_extension, compiler
 from tests.native.sanitize import copy_tree
 
-SCENARIOS = ("p2p", "lanes", "ring", "dispatch", "alltoall", "relay")
+SCENARIOS = ("p2p", "lanes", "share", "ring", "dispatch", "alltoall", "relay")
 TIMEOUT_S = 240
 RACE = re.compile(r"WARNING: ThreadSanitizer: data race")
 ADDRESS = re.compile(r"(?:Read|Write|Atomic read|Atomic write) of size \d+ at (0x[0-9a-f]+)", re.IGNORECASE)

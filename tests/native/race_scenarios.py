@@ -22,7 +22,7 @@ from bus.memory import _native, shm
 from bus.memory.layout import SegmentLayout
 from bus.memory.ring import Consumer, Producer, RingLayout
 from bus.memory.segment import Segment, segment_name
-from bus.memory.wait import Blocking, Doorbell, wait_until
+from bus.memory.wait import Blocking, Doorbell, WaitStrategy, Yielding, wait_until
 from bus.xccl.endpoint import Endpoint, World
 from bus.xccl.event import Event
 from bus.xccl.p2p import P2p
@@ -107,11 +107,13 @@ def soon() -> Deadline:
 
 
 @contextmanager
-def two_ends(incarnation: int, config: XcclConfig, app_bytes: int) -> Iterator[list[Endpoint]]:
+def two_ends(
+    incarnation: int, config: XcclConfig, app_bytes: int, strategy: WaitStrategy | None = None
+) -> Iterator[list[Endpoint]]:
     """The sender's and the receiver's end, each knowing the other."""
     ends = [
         Endpoint(pod=POD, world=WORLD, me=me, incarnation=incarnation, config=config, p2p_peers=[peer],
-                 p2p_ring=RING, app_bytes=app_bytes)
+                 p2p_ring=RING, app_bytes=app_bytes, strategy=strategy)
         for me, peer in ((SENDER, RECEIVER), (RECEIVER, SENDER))
     ]  # fmt: skip
     for end in ends:
@@ -133,6 +135,33 @@ def lanes() -> None:
     """Arrays whose copy several threads share, out of the sender's app area; others, whose sender shares it."""
     with two_ends(1, XcclConfig(num_lanes=4), 1 << 20) as ends:
         assert exchange_messages(*ends, [1 << 20, 600_000] * 30, in_place=True) > 0, "no other lane has run"
+
+
+def share() -> None:
+    """Large arrays, which the sender writes into the app area of the receiver, who reads them, from their end on."""
+    size, count = 1 << 18, 100
+    with two_ends(1, POLLS, size, Yielding()) as (here, there):
+        app = there.segment.layout.app_offset
+        out, kept = there.segment.array(app, (size,), np.uint8), np.empty(size, np.uint8)
+
+        def send() -> None:
+            p2p = P2p(here)
+            for event in range(count):
+                p2p.send(np.full(size, event % 251, np.uint8), RECEIVER, event, soon())
+            p2p.close()
+
+        def receive() -> None:
+            p2p = P2p(there)
+            for event in range(count):
+                p2p.recv(out, SENDER, event, soon())
+                _native.copy(
+                    kept, 0, out, 0, size
+                )  # seen by the sanitizer: after `helped`, before the next invitation
+                assert (kept == event % 251).all()
+            assert p2p.stats()[SENDER, "recv"]["num_shared_bytes"] > 0, "the sender has not helped"
+            p2p.close()
+
+        run_threads(send, receive)
 
 
 def exchange_messages(here: Endpoint, there: Endpoint, sizes: list[int], *, in_place: bool = False) -> int:
@@ -287,7 +316,7 @@ def relay() -> None:
             )
 
 
-SCENARIOS = {function.__name__: function for function in (p2p, lanes, ring, dispatch, alltoall, relay)}
+SCENARIOS = {function.__name__: function for function in (p2p, lanes, share, ring, dispatch, alltoall, relay)}
 
 if __name__ == "__main__":
     Segment.create, Segment.attach = create, attach  # type: ignore[method-assign, assignment]

@@ -39,8 +39,10 @@ def test_nothing_races(real: Path, scenario: str) -> None:
         (["cell-whole", "doorbell", "word"], ["dispatch", "alltoall", "relay"]),
         (["word", "doorbell"], ["ring"]),
         (["lane-block", "lane-job"], ["lanes"]),
+        (["share-invite"], ["share"]),
+        (["share-done", "word", "doorbell"], ["share"]),
     ],
-    ids=["cells", "cells-and-bells", "words-and-bells", "lanes"],
+    ids=["cells", "cells-and-bells", "words-and-bells", "lanes", "invitations", "help"],
 )
 @pytest.mark.parametrize(
     "orders",
