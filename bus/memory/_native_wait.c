@@ -14,6 +14,7 @@
 #define NO_YIELDS_NS_MIN 8000000LL
 #define NO_YIELDS_NS_MAX 256000000LL
 #define UNTRIED ((Habit){SCORE_MAX, PROBE_MIN, 0})
+#define BURST_NS_MAX 200000LL /* several times what it takes to wake somebody on an idle core */
 #define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
 
 /* ---------------------------------------------------------------- habits */
@@ -142,6 +143,23 @@ pause_for_news(LinkEnd *end)
     return 0;
 }
 
+/* How long to poll: several times as long as waits take in general, if that is short enough. Two ends that both sleep
+ * take as long as two wake-ups; an end that gave up before the other one can have woken would never find out that
+ * polling pays as soon as both do. */
+static int64_t
+burst_ns(const LinkEnd *end)
+{
+    int64_t burst = 4 * end->typical_ns < BURST_NS_MAX ? 4 * end->typical_ns : BURST_NS_MAX;
+    return end->typical_ns > BURST_NS_MAX / 2 || burst < end->yield_ns ? end->yield_ns : burst;
+}
+
+/* Note how long a wait took; a long one says little more than that it was long. */
+static void
+learn_duration(LinkEnd *end, int64_t duration)
+{
+    end->typical_ns += ((duration < BURST_NS_MAX ? duration : BURST_NS_MAX) - end->typical_ns) / 8;
+}
+
 /* Poll and give the core away between polls. A yield that was answered late means that others want the core:
  * that counts as lost, even if news came meanwhile. The GIL is released. */
 static int
@@ -155,7 +173,7 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
     if (end->yield_ns == 0 || is_crowded || (end->may_sleep && !link_pays(&end->yield, end->num_waits))) {
         return 0;
     }
-    int64_t until = deadline_after(start, end->yield_ns + end->patience_ns), last = start;
+    int64_t until = deadline_after(start, burst_ns(end) + end->patience_ns), last = start;
     int num_pauses = end->pause_rounds == 0 ? 0 : PAUSES_PER_YIELD;
     until = until < deadline ? until : deadline;
     for (;;) {
@@ -299,8 +317,11 @@ link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
             outcome = 0;
         }
     }
-    if (outcome == 1 && end->num_sleeps != num_sleeps) {
-        place_after_sleep(end, start);
+    if (outcome == 1) {
+        learn_duration(end, now_ns() - start);
+        if (end->num_sleeps != num_sleeps) {
+            place_after_sleep(end, start);
+        }
     }
     PyEval_RestoreThread(state);
     return outcome;
