@@ -16,7 +16,8 @@ from tests.harness.pod import Pod, running_pod
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "services/README.md", ROOT / "bus/README.md", ROOT / "CONTRIBUTING.md"]
+FOLDERS = ("services", "bus", "bus/bench")
+DOCUMENTS = [README, *(ROOT / folder / "README.md" for folder in FOLDERS), ROOT / "CONTRIBUTING.md"]
 STEPS_TIMEOUT_S = 120.0
 
 # Commands that need another machine than a test has, or are what runs this test; other tests run most of them.
