@@ -34,15 +34,12 @@ def test_every_strategy_delivers(sides: tuple[Side, Side]) -> None:
 
 @pytest.mark.parametrize("strategy", [None, Blocking()])
 def test_a_sleeping_waiter_uses_no_cpu(sides: tuple[Side, Side]) -> None:
-    """Of its own thread's CPU time, since others of this process may work meanwhile.
-
-    It looks at the owner's lock 75 times, which costs many times as much in cold caches as on a quiet machine (2 ms).
-    """
+    """Of its own thread's CPU time, since others of this process may work meanwhile."""
     wait_s = 1.5
     before = time.thread_time()
     with pytest.raises(PeerStalled):
         sides[1].p2p.recv(None, A, 1, Deadline.after_ms(1000 * wait_s))
-    assert time.thread_time() - before < wait_s / 4
+    assert time.thread_time() - before < wait_s / 20
 
 
 def test_chunks_so_long_that_the_interpreter_goes_on_meanwhile(pod: str) -> None:
