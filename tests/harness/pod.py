@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -167,18 +166,3 @@ def running_pod(
         pod.stop()
     assert pod.leftovers() == []
     shutil.rmtree(base)
-
-
-def cpu_seconds(pids: list[int]) -> float:
-    """Return the user and system time that the processes have used so far."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def sleep_until(at_monotonic_s: float) -> None:
-    """Sleep to an absolute time (for measurements over an interval, never to wait for something to happen)."""
-    while (left := at_monotonic_s - time.monotonic()) > 0:
-        time.sleep(left)

@@ -12,12 +12,12 @@ import pytest
 
 from tests.conftest import GOLDENS
 from tests.harness.client import Stream, stream_completion
-from tests.harness.pod import Pod, cpu_seconds, running_pod, sleep_until
+from tests.harness.idling import excesses, sleeping, watch
+from tests.harness.pod import Pod, running_pod
 from tests.harness.poll import async_eventually, eventually
 
 IDLE_INTERVAL_S = 4.0
-IDLE_WAKE_UPS_MAX = 200.0  # a second, of all processes together; it is about 80
-IDLE_CORE_SHARE_MAX = 0.2  # only tells whether somebody spins: what a wake-up costs is the host's business
+IDLE_WAKE_UPS_MAX = 100.0  # a second, of all processes together; it is about 80
 
 
 def pids(pod: Pod) -> list[int]:
@@ -34,31 +34,16 @@ def num_descriptors(pod: Pod) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids(pod))
 
 
-def num_wake_ups(processes: list[int]) -> int:
-    """How often threads of the processes have gone to sleep so far."""
-    found = 0
-    for pid in processes:
-        for status in Path(f"/proc/{pid}/task").glob("*/status"):
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            found += int(lines["voluntary_ctxt_switches"])
-    return found
-
-
-def idle_rates(processes: list[int]) -> tuple[float, float]:
-    """Return wake-ups a second, and the share of a core."""
-    started, cpu, wake_ups = time.monotonic(), cpu_seconds(processes), num_wake_ups(processes)
-    sleep_until(started + IDLE_INTERVAL_S)
-    passed = time.monotonic() - started
-    return (num_wake_ups(processes) - wake_ups) / passed, (cpu_seconds(processes) - cpu) / passed
-
-
 def test_an_idle_pod_seldom_wakes_and_nobody_spins(qwen_pod: Pod) -> None:
-    processes = [*pids(qwen_pod), qwen_pod.launcher.pid]
-    # The best of three: the pod may still be settling.
-    found: list[tuple[float, float]] = []
-    while len(found) < 3 and not any(w < IDLE_WAKE_UPS_MAX and c < IDLE_CORE_SHARE_MAX for w, c in found):
-        found.append(idle_rates(processes))
-    assert found[-1][0] < IDLE_WAKE_UPS_MAX and found[-1][1] < IDLE_CORE_SHARE_MAX, found
+    members = {f"{m['service']}-{m['index']}": m["pid"] for m in qwen_pod.status()["members"]}
+    processes = {**members, "launcher": qwen_pod.launcher.pid}
+    with sleeping() as sleepers:
+        # The best of three: the pod may still be settling.
+        for _ in range(3):
+            used, slept = watch(processes, sleepers, IDLE_INTERVAL_S)
+            if not (found := excesses(used, slept, IDLE_INTERVAL_S, IDLE_WAKE_UPS_MAX)):
+                return
+    raise AssertionError("\n".join(found))
 
 
 async def test_a_client_that_leaves_frees_its_blocks_within_a_second(qwen_pod: Pod) -> None:
