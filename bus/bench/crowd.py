@@ -1,4 +1,8 @@
-"""Section crowd: four pairs at once, 64 bytes, alone and beside busy processes at two nice values."""
+"""Section crowd: four pairs at once, 64 bytes, alone and beside busy processes at two nice values.
+
+Ours is there twice, in processes of their own: as it is, and with the setting that belongs beside work at the pod's own
+nice value, `xccl.nice` (`bus/README.md`, "More processes than cores").
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,24 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 from bus.bench.busy import busy
+from bus.bench.launch import OURS_NICE, WAYS
 from bus.bench.pairs import Samples, calibrate, open_pairs, play, record
 from bus.bench.peers.ours import ADAPTIVE, BLOCKING
 from bus.bench.session import OURS, Absence, Session
 
 SECTION = "crowd"
 FOUR_PAIRS = "4 pairs"
+ADAPTIVE_NICE = f"{ADAPTIVE}, nice {WAYS[OURS_NICE].nice}"
 SIZE, NUM_RANKS = 64, 8
+WAYS_OF_OURS = {OURS: [ADAPTIVE, BLOCKING], OURS_NICE: [ADAPTIVE]}
 
 
 def run(session: Session) -> None:
     """Measure the section."""
-    with session.open(SECTION, [OURS, *session.plan.peers], NUM_RANKS):
+    own = [OURS] if session.plan.xccl.nice else [OURS, OURS_NICE]  # a run with the setting has it in all rows
+    with session.open(SECTION, [*own, *session.plan.peers], NUM_RANKS):
         ways = open_pairs(session, SECTION, SIZE, pinned=False)
-        if OURS in ways:
-            ways[OURS] = [ADAPTIVE, BLOCKING]
+        ways |= {name: some for name, some in WAYS_OF_OURS.items() if name in ways}
         count = session.plan.busy_processes
         for nice in (None, 19, 0):
             text = (
@@ -43,5 +50,6 @@ def _measure(session: Session, ways: dict[str, list[str]], scenario: str) -> Non
                 counts[name] = calibrate(session, SECTION, name, ways[name], SIZE, 1)
             found = play(session, SECTION, name, ways[name], SIZE, counts[name], 1)
             for way, rounds in found.items():
-                samples[way, SIZE].append([ns for block in rounds for ns in block])
+                shown = ADAPTIVE_NICE if name == OURS_NICE else way
+                samples[shown, SIZE].append([ns for block in rounds for ns in block])
     record(session, SECTION, scenario, samples, {})

@@ -7,23 +7,30 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from bus.bench.meeting import ADDRESS, RANK
+from bus.priority import prioritise
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS_NICE = "ours-nice"
 WORKER = (sys.executable, "-P", "-m", "bus.bench.worker")
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A transport: its name on the command line, what it needs, and which processes it starts."""
+    """A transport: its name on the command line, what it needs, and which processes it starts.
+
+    nice: what its processes add to their nice value, by the setting `xccl.nice`; 0 = what the run's setting says.
+    """
 
     name: str
     modules: tuple[str, ...] = ()
     launcher: str = ""  # the launcher of an MPI; "" = none
     library: str = ""  # the MPI library that mpi4py loads
+    nice: int = 0
 
     def missing(self) -> str | None:
         """Return why it cannot be measured here, None if it can."""
@@ -32,6 +39,8 @@ class Way:
                 return f"{module} is not installed"
         if self.launcher and _program(self.launcher) is None:
             return f"{self.launcher} is not installed"
+        if self.nice and not _is_permitted(self.nice):
+            return f"xccl.nice = {self.nice} is not permitted: it needs CAP_SYS_NICE or RLIMIT_NICE"
         return None
 
 
@@ -39,6 +48,7 @@ WAYS = {
     way.name: way
     for way in (
         Way("ours"),
+        Way(OURS_NICE, nice=-10),
         Way("pipe"),
         Way("pyzmq", ("zmq",)),
         Way("openmpi", ("mpi4py",), "prterun", "libmpi.so.40"),
@@ -107,6 +117,14 @@ _MPI: dict[str, Callable[[int, Path], tuple[list[str], dict[str, str]]]] = {
     "prterun": _open_mpi,
     "mpiexec.hydra": _mpich,
 }
+
+
+def _is_permitted(nice: int) -> bool:
+    """Ask for the nice value in a thread of its own, which takes it along when it ends."""
+    wanted = max(-20, os.getpriority(os.PRIO_PROCESS, 0) + nice)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(prioritise, 0, nice).result()
+    return found is not None and found[1] == wanted
 
 
 def _program(name: str) -> str | None:

@@ -20,7 +20,7 @@ def open_pairs(session: Session, section: str, size_max: int, *, pinned: bool) -
     ways = {}
     for name in list(session.groups):
         found = session.ask(
-            section, name, what="open_pairs", size_max=size_max, pinned=pinned, options=session.options()
+            section, name, what="open_pairs", size_max=size_max, pinned=pinned, options=session.options(name)
         )
         if found is not None:
             ways[name] = found[0]

@@ -123,9 +123,10 @@ class Session:
             self.note(Absence(section, name, True, str(error)))
             return None
 
-    def options(self) -> Message:
-        """Return what the ways need to know about settings."""
-        return {"xccl": {name: getattr(self.plan.xccl, name) for name in self.plan.xccl.__struct_fields__}}
+    def options(self, name: str) -> Message:
+        """Return what the processes of `name` need to know about settings."""
+        settings = {field: getattr(self.plan.xccl, field) for field in self.plan.xccl.__struct_fields__}
+        return {"xccl": settings | ({"nice": WAYS[name].nice} if WAYS[name].nice else {})}
 
     def close(self) -> None:
         """End all processes and remove all that the run has made. Idempotent."""

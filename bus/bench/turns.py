@@ -15,7 +15,7 @@ def open_rows(session: Session, section: str) -> dict[str, str]:
     """Connect the ranks of every group; return way -> group."""
     ways = {}
     for name in list(session.groups):
-        found = session.ask(section, name, what="open_rows", options=session.options())
+        found = session.ask(section, name, what="open_rows", options=session.options(name))
         if found is not None:
             ways.update(dict.fromkeys(found[0], name))
     return ways

@@ -85,7 +85,8 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
     runs.append(bench)
     assert bench.wait() == 0, bench.text()
     bench.assert_nothing_is_left()
-    records = json.loads(found.read_text())["records"]
+    report = json.loads(found.read_text())
+    records = report["records"]
     by_section = {
         section: {r["way"] for r in records if r["section"] == section}
         for section in ("p2p", "all-to-all", "moe")
@@ -100,6 +101,9 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
         "ours zero-copy",
     } < by_section["p2p"]
     assert {"pyzmq", "Pipe"} < by_section["p2p"]
+    crowd = {r["way"] for r in records if r["section"] == "crowd"}
+    assert {"ours adaptive", "ours blocking", "pyzmq"} < crowd
+    assert ("ours adaptive, nice -10" in crowd) is all(a["way"] != "ours-nice" for a in report["absent"])
     assert by_section["moe"] == {"ours", "ours trampoline", "limit", "pyzmq"}
     assert all(r["p50_us"] > 0 and r["p99_us"] >= r["low_us"] > 0 and r["samples"] > 0 for r in records)
     limited = [r for r in records if r["way"] == "ours adaptive" and r["case"].get("scenario") == "one pair"]

@@ -171,7 +171,7 @@ class _Opener:
         rank = self._meeting.rank
         me, peer = world.ranks[rank], world.ranks[rank ^ 1]
         endpoint: Any = Endpoint(
-            pod=f"{self._meeting.name}{name}",
+            pod=f"{self._meeting.name}{name}{abs(self.config.nice)}",  # a run may have groups of either value
             world=world,
             me=me,
             incarnation=1,
