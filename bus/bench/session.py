@@ -1,7 +1,8 @@
 """A run under way: its folder, the groups that live, what is missing or has failed, and what was found.
 
-The folder is in /dev/shm: sockets, logs and what peers put into shared memory lie in it or begin with its name, so that
-`close` leaves nothing behind, whatever died. It holds a lock; what a killed run has left goes with the next one.
+The folder is in /dev/shm: sockets, logs and what peers put into shared memory lie in it, begin with its name, or are
+noted in it, so that `close` leaves nothing behind, whatever died. It holds a lock; what a killed run has left goes with
+the next one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from bus.bench.group import Group, GroupFailed, close_all
 from bus.bench.launch import WAYS
 from bus.bench.meeting import Message
 from bus.bench.plan import Plan
+from bus.bench.shared import SHM, remove_noted
 from bus.bench.stats import Figures
 
-SHM = Path("/dev/shm")
 PREFIX, LOCK = "xdsbench", "lock"
 OURS = "ours"
 
@@ -145,8 +146,9 @@ def remove_abandoned() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove the folder and all whose name begins with its name; the processes of the run have ended."""
+    """Remove the folder, all whose name begins with its name, and what is noted in it; the processes have ended."""
     for pattern in (f"xds-{folder.name}*", f"{folder.name}-*"):
         for path in SHM.glob(pattern):
             path.unlink(missing_ok=True)
+    remove_noted(folder)
     shutil.rmtree(folder, ignore_errors=True)

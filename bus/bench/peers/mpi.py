@@ -19,6 +19,7 @@ import numpy.typing as npt
 from bus.bench.meeting import Meeting, Message
 from bus.bench.pingpong import Ends, Link
 from bus.bench.rows import PERSISTENT, PLAIN, MessageWay, RowsWay
+from bus.bench.shared import note_mapped
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -96,16 +97,24 @@ class PersistentRows(MessageWay):
 
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
     """Return the link with the partner."""
-    return {_name(mpi := import_module("mpi4py.MPI")): Partner(mpi, meeting.rank ^ 1, size_max)}
+    mpi = _load(meeting)
+    return {_name(mpi): Partner(mpi, meeting.rank ^ 1, size_max)}
 
 
 def open_rows(meeting: Meeting, stack: ExitStack, options: Message) -> dict[str, RowsWay]:
     """Return the ways among all ranks."""
-    mpi = import_module("mpi4py.MPI")
+    mpi = _load(meeting)
     ways: dict[str, RowsWay] = {_name(mpi): MessageWay(World(mpi), meeting)}
     if _has_persistent_collectives(mpi):
         ways[f"{_name(mpi)} {PERSISTENT}"] = PersistentRows(mpi, meeting)
     return ways
+
+
+def _load(meeting: Meeting) -> Any:
+    """Initialise MPI; what MPICH's ranks leave in /dev/shm when they are killed is noted for the harness."""
+    mpi: Any = import_module("mpi4py.MPI")
+    note_mapped(meeting.folder, "mpich_shm_")
+    return mpi
 
 
 def _has_persistent_collectives(mpi: Any) -> bool:
