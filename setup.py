@@ -24,10 +24,14 @@ setup(
                     "_share",
                     "_send",
                     "_recv",
+                    "_header",
+                    "_content",
+                    "_in_place",
+                    "_ends",
                     "_bench",
                 )
             ],
-            depends=[*SHARED, "bus/memory/_native_link.h"],
+            depends=[*SHARED, "bus/memory/_native_link.h", "bus/memory/_native_ends.h"],
             extra_compile_args=COMPILE_ARGS,
         ),
         Extension(

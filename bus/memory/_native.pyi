@@ -214,10 +214,21 @@ class SendEnd(_LinkEnd):
     def _taken(self, tail: int, event_id: int, /) -> bool:
         """Tell whether the message that ended at `tail` was taken. PeerStalled: it was given up."""
 
+    def await_taken(self, tail: int, event_id: int, deadline: Deadline, /) -> None:
+        """Wait until the message that ended at `tail` was taken. PeerDied, PeerStalled."""
+
+    def reserve(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, event_id: int, deadline: Deadline, /
+    ) -> npt.NDArray[Any]:
+        """Return an array that lies in the next free slot; wait while there is none. ValueError: it does not fit."""
+
+    def commit(self, event_id: int, /) -> int:
+        """Publish what was reserved; return the tail at its end. Does not wait. RuntimeError: nothing is reserved."""
+
     def _claim(self, event_id: int, deadline: Deadline, /) -> int | None:
         """Return the offset of the free slot's payload in the peer's segment; None while the ring is full."""
 
-    def _commit(self, tag: bytes, num_bytes: int, event_id: int, /) -> None:
+    def _publish(self, tag: bytes, num_bytes: int, event_id: int, /) -> None:
         """Publish the claimed slot as a whole message."""
 
 class RecvEnd(_LinkEnd):
@@ -244,10 +255,11 @@ class RecvEnd(_LinkEnd):
     ) -> npt.NDArray[Any] | None:
         """Take what has arrived; return the array once it is whole."""
 
-    def _peek(
-        self, event_id: int, deadline: Deadline, /
-    ) -> tuple[int, bytes, bytes, int, int, int, bool] | None:
-        """Return event id, tag, extension, kind, offset, num_bytes, is_whole of the next message, or None."""
+    def peek(self, event_id: int, deadline: Deadline, /) -> npt.NDArray[Any]:
+        """Wait for the next message and return it in place, read only. ValueError: it does not lie in one place."""
 
-    def _take(self, event_id: int, /) -> None:
-        """Consume the record at the head as a whole message."""
+    def release(self, event_id: int, /) -> None:
+        """Consume the message that was peeked at; its sender may go on. RuntimeError: there is none."""
+
+    def _look(self, event_id: int, deadline: Deadline, /) -> tuple[int, bytes, bytes] | None:
+        """Return event id, tag and extension of the next message, or None. Never waits."""

@@ -3,7 +3,7 @@
 
 #include <stdarg.h>
 
-PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
+PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate, *name_plan;
 static PyObject *name_dtype, *name_str, *name_at_ns;
 
 int
@@ -15,6 +15,7 @@ link_init_names(void)
     } names[] = {
         {&name_poll, "_poll"},         {&name_renew, "_renew"}, {&name_error, "_error"}, {&name_refuse, "_refuse"},
         {&name_allocate, "_allocate"}, {&name_dtype, "dtype"},  {&name_str, "str"},      {&name_at_ns, "at_ns"},
+        {&name_plan, "_plan"},
     };
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         if (*names[i].where == NULL && (*names[i].where = PyUnicode_InternFromString(names[i].text)) == NULL) {
@@ -42,6 +43,7 @@ link_close(LinkEnd *end)
 {
     link_reset(&end->op);
     share_end_limbo(end, 0);
+    in_place_forget(end);
     if (end->is_open) {
         end->is_open = 0;
         PyBuffer_Release(&end->own);
@@ -55,6 +57,7 @@ link_dealloc(PyObject *self)
     LinkEnd *end = (LinkEnd *)self;
     PyTypeObject *type = Py_TYPE(self);
     link_close(end);
+    in_place_clear(end);
     Py_CLEAR(end->dtype);
     type->tp_free(self);
     Py_DECREF(type);

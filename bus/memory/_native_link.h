@@ -103,6 +103,14 @@ typedef struct {
     uint64_t nonce, nonce_at;
 } CopyJob;
 
+/* How an array that is made in place travels. */
+typedef struct {
+    PyObject *shape, *dtype; /* as the caller gave them; NULL = there is no plan */
+    Tag tag;
+    uint64_t rest[NUM_DIMS_MAX];
+    uint64_t start, num_bytes; /* of the content in the payload */
+} Plan;
+
 typedef struct {
     PyObject_HEAD
     Py_buffer own, peer;
@@ -160,6 +168,13 @@ typedef struct {
     Habit lanes;
     uint64_t num_shareable; /* receiver: copies that the sender was or could have been invited to share */
     Habit share;
+    /* zero-copy, see _native_in_place.c */
+    struct CachedView *views;
+    size_t num_views;
+    Plan plan;            /* sender: of the array that was reserved last */
+    uint64_t reserved_at; /* sender: 1 + the position that is reserved, 0 = none */
+    uint64_t reserved_bytes;
+    Tag reserved_tag;
     PyObject *dtype; /* the last one seen, and its code */
     char dtype_code[4];
     /* counters */
@@ -201,6 +216,8 @@ HIDDEN void place_after_sleep(LinkEnd *end, int64_t start);
 HIDDEN void link_offer(LinkEnd *end);
 HIDDEN void link_answer(LinkEnd *end);
 HIDDEN int link_is_readable(LinkEnd *end);
+HIDDEN void in_place_forget(LinkEnd *end);
+HIDDEN void in_place_clear(LinkEnd *end);
 HIDDEN int link_check_peer(LinkEnd *end, uint64_t event_id);
 HIDDEN void link_reset(Transfer *op);
 HIDDEN int link_error(LinkEnd *end, int kind, uint64_t event_id, const char *format, ...);
@@ -208,7 +225,7 @@ HIDDEN PyObject *link_abandon_method(PyObject *self, PyObject *unused);
 HIDDEN PyObject *link_close_method(PyObject *self, PyObject *unused);
 HIDDEN PyObject *link_call(LinkEnd *end, PyObject *name, PyObject *argument, PyObject *second);
 
-extern HIDDEN PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate;
+extern HIDDEN PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate, *name_plan;
 extern HIDDEN PyType_Spec send_end_spec, recv_end_spec;
 HIDDEN PyObject *read_memory(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs);

@@ -1,8 +1,5 @@
-/* The sending end of a link: steps 1-4 and 8 of the paper. See _native_link.h. */
-#include "_native_link.h"
-
-#include <stddef.h>
-#include <structmember.h>
+/* The sending end of a link: steps 1-4 and 8 of the paper. See _native_ends.h. */
+#include "_native_ends.h"
 
 #define COPY_BYTES_PER_NS 8
 #define PATIENCE_NS_MAX 1000000
@@ -10,8 +7,8 @@
 /* ---------------------------------------------------------------- slots */
 
 /* Take over what the receiver has written. -1: a Python error is set. */
-static int
-look_at_ack(LinkEnd *end, uint64_t event_id)
+int
+send_look_at_ack(LinkEnd *end, uint64_t event_id)
 {
     uint64_t before = end->other;
     if (!link_refresh(end)) {
@@ -32,25 +29,19 @@ look_at_ack(LinkEnd *end, uint64_t event_id)
     return 0;
 }
 
-static inline int
-is_full(const LinkEnd *end)
-{
-    return end->position - end->other >= end->num_slots;
-}
-
 /* 1: the slot at the tail is free; 0: the ring is full; -1: a Python error is set. */
-static int
-claim(LinkEnd *end, uint64_t event_id)
+int
+send_claim_slot(LinkEnd *end, uint64_t event_id)
 {
-    if (is_full(end) && look_at_ack(end, event_id) < 0) {
+    if (send_is_full(end) && send_look_at_ack(end, event_id) < 0) {
         return -1;
     }
-    return !is_full(end);
+    return !send_is_full(end);
 }
 
 /* Publish the slot at the tail. */
-static int
-commit(LinkEnd *end, const Tag *tag, uint32_t num_bytes, uint32_t chunk_id, uint64_t event_id)
+int
+send_commit_slot(LinkEnd *end, const Tag *tag, uint32_t num_bytes, uint32_t chunk_id, uint64_t event_id)
 {
     static const Tag no_tag;
     Record record = {end->position, num_bytes, chunk_id, event_id, tag == NULL ? no_tag : *tag};
@@ -163,7 +154,7 @@ push_chunk(LinkEnd *end)
         end->num_pulled++;
     }
     op->is_begun = 1;
-    return commit(end, is_first ? &op->tag : NULL, (uint32_t)(start + num_bytes), op->chunk_id++, op->event_id);
+    return send_commit_slot(end, is_first ? &op->tag : NULL, (uint32_t)(start + num_bytes), op->chunk_id++, op->event_id);
 }
 
 /* Push what fits without waiting. 1: the whole message is pushed; 0: the ring is full; -1: error. */
@@ -172,7 +163,7 @@ advance(LinkEnd *end)
 {
     Transfer *op = &end->op;
     while (!op->is_begun || op->num_done < op->num_bytes) {
-        int is_free = claim(end, op->event_id);
+        int is_free = send_claim_slot(end, op->event_id);
         if (is_free <= 0) {
             return is_free;
         }
@@ -209,7 +200,7 @@ push_all(LinkEnd *end, uint64_t event_id, int64_t deadline)
 static int
 is_taken(LinkEnd *end, uint64_t tail, uint64_t event_id)
 {
-    if (look_at_ack(end, event_id) < 0) {
+    if (send_look_at_ack(end, event_id) < 0) {
         return -1;
     }
     uint64_t end_taken = end->in_w2 & END_MASK, num_drops = end->in_w2 >> END_BITS;
@@ -270,7 +261,7 @@ finish(LinkEnd *end, int outcome)
     Py_RETURN_NONE;
 }
 
-static PyObject *
+PyObject *
 send_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -291,7 +282,7 @@ send_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return finish(end, outcome);
 }
 
-static PyObject *
+PyObject *
 send_send_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -312,7 +303,7 @@ send_send_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return finish(end, outcome);
 }
 
-static PyObject *
+PyObject *
 send_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -325,7 +316,7 @@ send_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return finish(end, begin(end, args[0], event_id, 0, 0, 0));
 }
 
-static PyObject *
+PyObject *
 send_advance(PyObject *self, PyObject *unused)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -339,7 +330,7 @@ send_advance(PyObject *self, PyObject *unused)
     return outcome < 0 ? NULL : PyBool_FromLong(outcome);
 }
 
-static PyObject *
+PyObject *
 send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -356,7 +347,31 @@ send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return outcome < 0 ? NULL : PyBool_FromLong(outcome);
 }
 
-static PyObject *
+/* await_taken(tail, event_id, deadline): wait until the message that ended at `tail` was taken. */
+PyObject *
+send_await_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t tail, event_id;
+    int64_t deadline;
+    if (link_arguments("await_taken", args, nargs, 3, 1, &event_id, &deadline) < 0 ||
+        parse_unsigned(args[0], "tail", END_MASK, &tail) < 0) {
+        return NULL;
+    }
+    if (end->is_busy || !end->is_open) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it is closed, or another thread uses it");
+        return NULL;
+    }
+    end->is_busy = 1;
+    int outcome = await_taken(end, tail, event_id, deadline);
+    end->is_busy = 0;
+    if (outcome < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject *
 send_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     LinkEnd *end = (LinkEnd *)self;
@@ -374,130 +389,3 @@ send_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     end->is_busy = 0;
     return news < 0 ? NULL : PyBool_FromLong(news);
 }
-
-/* Zero-copy: the offset of the free slot's payload in the peer's segment, or None while the ring is full. */
-static PyObject *
-send_claim(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    LinkEnd *end = (LinkEnd *)self;
-    uint64_t event_id;
-    int64_t deadline;
-    if (link_arguments("claim", args, nargs, 2, 0, &event_id, &deadline) < 0) {
-        return NULL;
-    }
-    if (end->op.is_active && !end->is_busy) {
-        PyErr_SetString(PyExc_RuntimeError, "link: a message is under way, finish or cancel it first");
-        return NULL;
-    }
-    if (link_enter(end, event_id, args[1]) < 0) {
-        return NULL;
-    }
-    int is_free = claim(end, event_id);
-    end->is_busy = 0;
-    if (is_free < 0) {
-        return NULL;
-    }
-    if (is_free == 0) {
-        Py_RETURN_NONE;
-    }
-    return PyLong_FromSize_t((size_t)(end->slot + RECORD_BYTES - (char *)end->peer.buf));
-}
-
-/* Publish the claimed slot as a whole message: commit(tag, num_bytes, event_id). */
-static PyObject *
-send_commit(PyObject *self, PyObject *args)
-{
-    LinkEnd *end = (LinkEnd *)self;
-    Py_buffer tag;
-    unsigned long long num_bytes, event_id;
-    if (!PyArg_ParseTuple(args, "y*KK", &tag, &num_bytes, &event_id)) {
-        return NULL;
-    }
-    int outcome = -1;
-    if (tag.len != sizeof(Tag) || num_bytes > end->slot_bytes) {
-        PyErr_Format(PyExc_ValueError, "commit: %llu bytes in a slot of %llu, tag of %zd bytes", num_bytes,
-                     (unsigned long long)end->slot_bytes, tag.len);
-    }
-    else if (end->is_busy || !end->is_open || end->op.is_active || is_full(end)) {
-        PyErr_SetString(PyExc_RuntimeError, "link: no slot is claimed, or another thread uses it");
-    }
-    else {
-        Tag copy;
-        memcpy(&copy, tag.buf, sizeof copy);
-        outcome = commit(end, &copy, (uint32_t)num_bytes, 0, event_id);
-        end->num_messages += outcome == 0;
-        end->num_bytes += num_bytes;
-    }
-    PyBuffer_Release(&tag);
-    if (outcome < 0) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
-static PyObject *
-send_open(PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    if (link_open((LinkEnd *)self, args, kwargs, 1) < 0) {
-        return NULL;
-    }
-    LinkEnd *end = (LinkEnd *)self;
-    if (look_at_ack(end, 0) < 0) {
-        link_close(end);
-        return NULL;
-    }
-    end->num_drops_seen = end->in_w2 >> END_BITS;
-    Py_RETURN_NONE;
-}
-
-#define METHOD(name, function, flags, doc) {name, (PyCFunction)(void (*)(void))function, flags, doc}
-
-static PyMethodDef methods[] = {
-    METHOD("_open", send_open, METH_VARARGS | METH_KEYWORDS, "open(own, peer, *, ...): begin, or begin again."),
-    METHOD("send", send_send, METH_FASTCALL, "send(array, event_id, deadline): send and wait until it was taken."),
-    METHOD("_send_part", send_send_part, METH_FASTCALL, "send_part(array, event_id, deadline, num_more, is_first)."),
-    METHOD("_start", send_start, METH_FASTCALL, "start(array, event_id, deadline): prepare a message."),
-    METHOD("_advance", send_advance, METH_NOARGS, "advance() -> whether the whole message is pushed."),
-    METHOD("_taken", send_taken, METH_FASTCALL, "taken(tail, event_id) -> whether that message was taken."),
-    METHOD("_wait", send_wait, METH_FASTCALL, "wait(event_id, deadline) -> whether the receiver wrote its cell."),
-    METHOD("_claim", send_claim, METH_FASTCALL, "claim(event_id, deadline) -> offset of the free slot's payload, or None."),
-    METHOD("_commit", send_commit, METH_VARARGS, "commit(tag, num_bytes, event_id): publish the claimed slot."),
-    METHOD("_abandon", link_abandon_method, METH_NOARGS, "abandon() -> whether a message was under way."),
-    METHOD("_close", link_close_method, METH_NOARGS, "close(): let the segments go."),
-    {NULL, NULL, 0, NULL},
-};
-
-#define COUNTER(name) {#name, T_ULONGLONG, offsetof(LinkEnd, name), READONLY, NULL}
-
-static PyMemberDef members[] = {
-    {"tail", T_ULONGLONG, offsetof(LinkEnd, position), READONLY, "One past the last pushed slot."},
-    {"slot_bytes", T_ULONGLONG, offsetof(LinkEnd, slot_bytes), READONLY, "Payload of a slot."},
-    {"is_retired", T_BOOL, offsetof(LinkEnd, is_retired), 0, "Open again before the next message."},
-    COUNTER(num_messages),
-    COUNTER(num_bytes),
-    COUNTER(num_chunks),
-    COUNTER(num_pulled),
-    COUNTER(num_waits),
-    COUNTER(num_pause_wins),
-    COUNTER(num_yield_wins),
-    COUNTER(num_sleeps),
-    COUNTER(num_lane_blocks),
-    COUNTER(num_shared_bytes),
-    COUNTER(num_moves),
-    {NULL, 0, 0, 0, NULL},
-};
-
-static PyType_Slot slots[] = {
-    {Py_tp_dealloc, link_dealloc},
-    {Py_tp_methods, methods},
-    {Py_tp_members, members},
-    {Py_tp_doc, "The sending end of a point-to-point link."},
-    {0, NULL},
-};
-
-PyType_Spec send_end_spec = {
-    .name = "bus.memory._native.SendEnd",
-    .basicsize = sizeof(LinkEnd),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = slots,
-};

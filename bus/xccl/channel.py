@@ -1,9 +1,10 @@
-"""Channels: the ends of links whose hot path is C (bus/memory/_native_send.c, _native_recv.c).
+"""Channels: the ends of links whose hot path is C (bus/memory/_native_ends.h).
 
-`Sender.send` and `Receiver.recv` are C methods: a message costs one call each. They come back to Python, to the
-methods with an underscore here, only to open the link to an incarnation, to look whether the peer lives, to
-allocate, and to name an error. A channel outlives the peer's incarnations: `learn` of a newer one marks it, and
-its next message opens the link anew.
+`send`, `reserve`, `commit` of a sender and `recv`, `peek`, `release` of a receiver are C methods: a message costs one
+call each, or two in place. They come back to Python, to the methods with an underscore here, only to open the link to
+an incarnation, to look whether the peer lives, to allocate, to lay an array over a slot for the first time, and to name
+an error. A channel outlives the peer's incarnations: `learn` of a newer one marks it, and its next message opens the
+link anew.
 
     life of a sender    (no link) --send--> waits for the grant --> open --newer incarnation--> (no link)
     life of a receiver  (no link) --recv--> writes the grant ----> open --newer incarnation--> (no link)
@@ -17,6 +18,7 @@ import contextlib
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -32,7 +34,6 @@ from bus.xccl.endpoint import P2P_ACK_LANE, P2P_DATA_LANE, Endpoint, Rank
 from bus.xccl.link import await_grant, write_grant
 from bus.xccl.message import (
     NUM_PARTS_MAX,
-    PULL,
     MessageHeader,
     check_array,
     check_out,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 NOW = Deadline(0)
 READ_NEVER = 2**64 - 1
+NUM_BYTES_MAX = 2**63 - 1
 STALLED, CORRUPT, MISMATCH = 0, 1, 2  # kinds of error, as in _native_link.h
 
 
@@ -78,6 +80,8 @@ _parse = lru_cache(maxsize=1024)(MessageHeader.parse)
 @lru_cache(maxsize=1024)
 def _plan(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, bytes, int]:
     """Return tag, extension and number of bytes of an array that will be made in place."""
+    if any(length < 0 for length in shape):
+        raise ValueError(f"shape: {shape} has a negative dimension")
     header = MessageHeader(dtype, shape)
     check_array(np.empty((0,) * len(shape), dtype))
     tag, extension = header.pack()
@@ -141,6 +145,16 @@ class _Hooks:
         cls = SegmentCorrupt if kind == CORRUPT else EventMismatch
         return cls(text, rank=str(self._endpoint.me), peer=str(self._peer), event_id=event_id)
 
+    def _view(self, is_peers: int, offset: int, tag: bytes, extension: bytes) -> npt.NDArray[Any]:
+        """Lay an array over the peer's segment, or the own one; the mapping lives as long as its views."""
+        header = _parse(tag, extension, NUM_BYTES_MAX)
+        segment = self.segment if is_peers else self._endpoint.segment
+        assert segment is not None
+        # NOTE: only `frombuffer` keeps the mapping exported. A view of the result has the whole as its base, not the
+        # result, which nobody else shall reach.
+        whole = np.frombuffer(segment.buf, np.uint8)
+        return whole[offset : offset + header.num_bytes].view(header.dtype).reshape(header.shape)
+
 
 def _counters(end: _native.SendEnd | _native.RecvEnd) -> LinkStats:
     return LinkStats(
@@ -164,7 +178,6 @@ class Sender(_Hooks, _native.SendEnd):
     def __init__(self, endpoint: Endpoint, peer: Rank, settings: ChannelSettings) -> None:
         super().__init__(endpoint, peer, settings)
         self.queue: deque[SendHandle] = deque()  # not wholly pushed yet, oldest first
-        self._reserved: tuple[bytes, int] | None = None  # tag and payload bytes
 
     def _renew(self, event_id: int, deadline: Deadline) -> None:
         """Open the link to the peer's newest incarnation; waits for its grant."""
@@ -173,7 +186,6 @@ class Sender(_Hooks, _native.SendEnd):
         segment = endpoint.peer(peer, event_id)
         offset, layout = await_grant(endpoint, peer, segment, event_id, deadline)
         self.segment = segment
-        self._reserved = None
         self._open(
             endpoint.segment.buf,
             segment.buf,
@@ -191,39 +203,8 @@ class Sender(_Hooks, _native.SendEnd):
         for i, part in enumerate(parts):
             self._send_part(part, event_id, deadline, len(parts) - 1 - i, i == 0)
 
-    def reserve(
-        self, shape: tuple[int, ...], dtype: npt.DTypeLike, event_id: int, deadline: Deadline
-    ) -> npt.NDArray[Any]:
-        """Return an array that lies in the next free slot, to be filled in place. See `P2p.reserve`."""
-        kind = np.dtype(dtype)
-        tag, extension, num_bytes = _plan(shape, kind)
-        while (offset := self._claim(event_id, deadline)) is None:
-            if not self._wait(event_id, deadline):
-                raise self._endpoint.stalled(self._peer, event_id, "its ring stayed full")
-        assert self.segment is not None
-        start = len(extension)
-        if start + num_bytes > self.slot_bytes:
-            raise ValueError(f"shape: {num_bytes} bytes do not fit a slot of {self.slot_bytes - start}")
-        if start:
-            self.segment.buf[offset : offset + start] = extension
-        self._reserved = tag, start + num_bytes
-        flat = np.frombuffer(self.segment.buf, kind, num_bytes // kind.itemsize, offset + start)
-        return flat if len(shape) == 1 else flat.reshape(shape)
-
-    def commit(self, event_id: int) -> int:
-        """Publish the reserved array as a message; return the tail at its end. Does not wait."""
-        if self._reserved is None:
-            raise RuntimeError("link: nothing is reserved")
-        tag, num_bytes = self._reserved
-        self._reserved = None
-        self._commit(tag, num_bytes, event_id)
-        return self.tail
-
-    def await_taken(self, tail: int, event_id: int, deadline: Deadline) -> None:
-        """Wait until the message that ended at `tail` was taken. Raises PeerDied, PeerStalled."""
-        while not self._taken(tail, event_id):
-            if not self._wait(event_id, deadline):
-                raise self._endpoint.stalled(self._peer, event_id, "it has not acknowledged")
+    def _plan(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[bytes, bytes, int]:
+        return _plan(tuple(map(index, shape)), np.dtype(dtype))
 
     def stats(self) -> LinkStats:
         """Return the counters."""
@@ -287,39 +268,21 @@ class Receiver(_Hooks, _native.RecvEnd):
 
     def probe(self) -> tuple[int, MessageHeader] | None:
         """Return event id and header of the next message, without waiting; None if there is none."""
-        found = self._peek(0, NOW)
+        found = self._look(0, NOW)
         if found is None:
             return None
-        event_id, tag, extension, *_ = found
+        event_id, tag, extension = found
         return event_id, _parse(tag, extension, self._settings.message_bytes_max)
 
-    def peek(self, event_id: int, deadline: Deadline) -> npt.NDArray[Any]:
-        """Return the next message in place, read only. See `P2p.peek`."""
-        while (found := self._peek(event_id, deadline)) is None:
-            if not self._wait(event_id, deadline):
-                raise self._endpoint.stalled(self._peer, event_id, "nothing arrived")
-        found_id, tag, extension, kind, offset, num_bytes, is_whole = found
-        if found_id != event_id:
-            raise self._error(MISMATCH, f"the next message is event {found_id:#x}", event_id)
-        if not is_whole:
-            raise ValueError(
-                "message: it has several records or parts, or lies in the sender's memory: it cannot be read in place"
-            )
-        assert self.segment is not None
-        segment = self.segment if kind == PULL else self._endpoint.segment
-        header = _parse(tag, extension, self._settings.message_bytes_max)
-        flat = np.frombuffer(segment.buf, header.dtype, num_bytes // header.dtype.itemsize, offset)
-        view = flat if len(header.shape) == 1 else flat.reshape(header.shape)
-        view.flags.writeable = False
-        return view
-
-    def release(self, event_id: int) -> None:
-        """Consume the message that was peeked at; its sender may go on. RuntimeError if there is none."""
-        self._take(event_id)
+    def _view(self, is_peers: int, offset: int, tag: bytes, extension: bytes) -> npt.NDArray[Any]:
+        """As for both ends, but read only."""
+        array = super()._view(is_peers, offset, tag, extension)
+        array.flags.writeable = False
+        return array
 
     def discard(self, deadline: Deadline) -> int:
         """Drop the next message, whole or given up, and return its event id. Errors as for `recv`."""
-        while (found := self._peek(0, deadline)) is None:
+        while (found := self._look(0, deadline)) is None:
             if not self._wait(0, deadline):
                 raise self._endpoint.stalled(self._peer, 0, "nothing arrived")
         with contextlib.suppress(EventMismatch):  # only half of it came, and the next message is another one

@@ -245,7 +245,7 @@ class P2p:
             raise self._endpoint.died(peer, event_id, "a newer incarnation has replaced it")
         _native.copy(segment.buf, start, array.reshape(-1).view(np.uint8).data, 0, array.nbytes)
         slot[:] = np.frombuffer(content, np.uint8)
-        channel._commit(tag, len(content), event_id)
+        channel._publish(tag, len(content), event_id)
         channel.await_taken(channel.tail, event_id, deadline)
 
     def get(self, out: npt.NDArray[Any], peer: Rank, offset: int) -> None:

@@ -62,7 +62,7 @@ def test_a_second_thread_is_refused(sides: tuple[Side, Side]) -> None:
         deadline = soon()
         while True:
             try:
-                receiver._peek(0, deadline)
+                receiver._look(0, deadline)
             except RuntimeError as error:
                 assert "another thread" in str(error)
                 break
