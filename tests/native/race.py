@@ -10,7 +10,7 @@ What makes the answer sound:
 - What that lock rightly orders, Python's objects, would then be reported. The interpreter is not instrumented, its
   inline functions are calls (race_prelude.h), and a report counts only if its address lies in a segment.
 - Mutants must be reported: `mutate` takes the order from all lines with a `SYNC:` label. Where a doorbell is rung after
-  every publication it orders as well, so both are relaxed.
+  every publication it orders as well, so both are relaxed. `leave_out` takes what the lines of a label write.
 
 Known limits: fences are not modelled (`cell-torn` is for the litmus tests), nor is what NumPy reads and writes seen.
 """
@@ -36,7 +36,7 @@ from bus.memory.segment import segment_prefix, sweep
 from tests.native.build import ExtensionSource, build_all, build_extension, compiler
 from tests.native.sanitize import copy_tree
 
-SCENARIOS = ("p2p", "lanes", "share", "ring", "dispatch", "alltoall", "relay")
+SCENARIOS = ("p2p", "lanes", "share", "ring", "dispatch", "withdraw", "alltoall", "relay")
 TIMEOUT_S = 240
 RACE = re.compile(r"WARNING: ThreadSanitizer: data race")
 ADDRESS = re.compile(r"(?:Read|Write|Atomic read|Atomic write) of size \d+ at (0x[0-9a-f]+)", re.IGNORECASE)
@@ -99,6 +99,15 @@ def mutate(directory: Path, labels: Collection[str], orders: Collection[str]) ->
                 lines[i] = re.sub(f"__ATOMIC_({'|'.join(orders)})", "__ATOMIC_RELAXED", line)
                 count += lines[i] != line
         path.write_text("".join(lines), encoding="utf-8")
+    return count
+
+
+def leave_out(directory: Path, name: str, label: str) -> int:
+    """Let the loops of `name` that bear the label do nothing; return how many."""
+    path = directory / "bus" / "memory" / name
+    loop = re.compile(rf"(for \([^;]*;) [^;]*(;[^;]*\) \{{ /\* SYNC: {label})")
+    text, count = loop.subn(r"\1 0\2", path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
     return count
 
 

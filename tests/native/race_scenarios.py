@@ -257,6 +257,56 @@ def dispatch() -> None:
             run_threads(*[partial(exchange, rank) for rank in range(3)])
 
 
+def withdraw() -> None:
+    """A dispatch that its sender gives up, its rows overwritten before the other comes to it; then one that ends.
+
+    The two take turns by Python's locks, which the sanitizer does not see. So what keeps the other from the new rows is
+    what it finds in the sender's cell, and nothing else. (Who has begun to pull reads them, sees the cell afterwards,
+    and drops what it has read: that is fences, which the sanitizer does not know. See tests/modelcheck.)
+    """
+    from bus.errors import EventMismatch, PeerStalled
+    from bus.xccl.dispatch import Dispatcher
+    from bus.xccl.dispatch_layout import DispatchShape
+    from tests.harness.dispatch_world import DispatchWorld, Routed
+
+    def dispatch(side: Dispatcher, routed: Routed, event: Event, deadline: Deadline) -> None:
+        call = side.dispatch_int8 if side._shape.deliver_int8 else side.dispatch
+        call(routed.x, routed.topk_idx, event=event, deadline=deadline)
+
+    def refused(
+        error: type[Exception], side: Dispatcher, routed: Routed, event: Event, timeout_ms: int
+    ) -> None:
+        try:
+            dispatch(side, routed, event, Deadline.after_ms(timeout_ms))
+        except error:
+            return
+        raise AssertionError(f"dispatch {event} was not withdrawn")
+
+    def exchange(world: DispatchWorld, inputs: list, rank: int, turns: list[threading.Barrier]) -> None:
+        side, one = world.ranks[rank], world.one_int8 if world.shape.deliver_int8 else world.one
+        for step, routed in enumerate(inputs):
+            given_up, next_one = Event(2 * step + 1, 0), Event(2 * step + 2, 0)
+            if step % 2 == rank:
+                refused(PeerStalled, side, routed[rank], given_up, 1)
+                side._stage(routed[rank].x[::-1].copy(), routed[rank].topk_idx, next_one)
+                turns[0].wait()
+            else:
+                turns[0].wait()
+                refused(EventMismatch, side, routed[rank], given_up, 60_000)
+            turns[1].wait()
+            one(rank, routed[rank], next_one)
+
+    plain = DispatchShape(num_ranks=2, max_tokens=6, top_k=2, hidden=96, num_local_experts=2)
+    for config, shape in (
+        (SLEEPS, plain), (POLLS, plain), (POLLS, replace(plain, int8=True, deliver_int8=True))
+    ):  # fmt: skip
+        with DispatchWorld(shape, pod=POD, config=config) as world:
+            rng = np.random.default_rng(5)
+            inputs = [world.routed(rng, [6, 6]) for _ in range(STEPS)]
+            turns = [threading.Barrier(2, timeout=60) for _ in range(2)]
+            run_threads(*[partial(exchange, world, inputs, rank, turns) for rank in range(2)])
+
+
 def alltoall() -> None:
     """Pieces of every kind from three ranks to each other: staged, large in the app area, and a few bytes of it."""
     from bus.xccl.alltoall import AllToAllShape
@@ -316,7 +366,9 @@ def relay() -> None:
             )
 
 
-SCENARIOS = {function.__name__: function for function in (p2p, lanes, share, ring, dispatch, alltoall, relay)}
+SCENARIOS = {
+    function.__name__: function for function in (p2p, lanes, share, ring, dispatch, withdraw, alltoall, relay)
+}
 
 if __name__ == "__main__":
     Segment.create, Segment.attach = create, attach  # type: ignore[method-assign, assignment]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.race import SCENARIOS, build, mutate, run, runtime, tree
+from tests.native.race import SCENARIOS, build, leave_out, mutate, run, runtime, tree
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,3 +55,10 @@ def test_relaxed_orders_are_reported(labels: list[str], scenarios: list[str], or
         build(directory)
         for scenario in scenarios:
             assert run(directory, scenario, until_race=True).races, f"{scenario} did not see it"
+
+
+def test_rows_that_are_overwritten_without_a_word_are_reported() -> None:
+    with tree() as directory:
+        assert leave_out(directory, "_collectives_dispatch.c", "piece-torn") == 1
+        build(directory)
+        assert run(directory, "withdraw", until_race=True).races, "nobody saw it"
