@@ -13,6 +13,7 @@ from bus.bench.busy import busy
 from bus.bench.launch import OURS_NICE, WAYS
 from bus.bench.pairs import Samples, calibrate, open_pairs, play, record
 from bus.bench.peers.ours import ADAPTIVE, BLOCKING
+from bus.bench.pingpong import HANDED_OVER
 from bus.bench.session import OURS, Absence, Session
 
 SECTION = "crowd"
@@ -28,6 +29,7 @@ def run(session: Session) -> None:
     with session.open(SECTION, [*own, *session.plan.peers], NUM_RANKS):
         ways = open_pairs(session, SECTION, SIZE, pinned=False)
         ways |= {name: some for name, some in WAYS_OF_OURS.items() if name in ways}
+        ways = {name: [way for way in some if not way.endswith(HANDED_OVER)] for name, some in ways.items()}
         count = session.plan.busy_processes
         for nice in (None, 19, 0):
             text = (

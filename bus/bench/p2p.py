@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from bus.bench.pairs import Samples, calibrate, open_pairs, play, record
 from bus.bench.peers.ours import LIMIT, SPIN
+from bus.bench.pingpong import HANDED_OVER
 from bus.bench.session import OURS, Record, Session
 from bus.bench.stats import figures, median_ratio
 
@@ -50,7 +51,7 @@ def _measure_idle(session: Session, ways: dict[str, list[str]]) -> None:
     session.say(f"{SECTION}: {IDLE}")
     for name in list(session.groups):
         for way in ways[name]:
-            if way in (LIMIT, SPIN):
+            if way in (LIMIT, SPIN) or way.endswith(HANDED_OVER):
                 continue
             answers = session.ask(SECTION, name, what="idle", way=way, seconds=IDLE_SECONDS)
             if answers is None:

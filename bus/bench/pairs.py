@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bus.bench.peers.ours import ADAPTIVE, ZERO_COPY
+from bus.bench.pingpong import HANDED_OVER
 from bus.bench.session import Record, Session
 from bus.bench.stats import figures, median_ratio, repetitions
 
@@ -68,6 +69,6 @@ def record(
         extra = dict(extras.get((way, size), {}))
         if ours is not None and len(ours) == len(rounds):
             extra["to_ours"] = median_ratio(rounds, ours)
-        if way != ZERO_COPY:  # nothing moves
+        if way != ZERO_COPY and not way.endswith(HANDED_OVER):  # nothing moves
             extra["mb_per_s"] = size / found.p50_us
         session.records.append(Record(section, way, {"scenario": scenario, "size": size}, found, extra))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from time import monotonic_ns
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 REWRITTEN_BYTES_MIN = 16 * 1024  # below it the tight loop, whose rounds follow one another, is what matters
+HANDED_OVER = "handed over"  # how the names of the ways end that rewrite nothing at any size
+MARK_MAX = 127
 
 
 @dataclass(slots=True)
@@ -19,14 +22,16 @@ class Ends:
     The arguments are apart, so that the loop calls the transport's own function and nothing of ours in between.
     `rewrite` makes the payload of the next round anew, out of the time, as whoever sends an array has just computed it;
     an array that never changes stays in the caches of both sides, and flatters ways that copy it less. `meet` then
-    brings both sides together again, awake; by default it is a ping-pong of a byte.
+    brings both sides together again, awake; by default it is a ping-pong of a byte. None: the payload is handed over as
+    it is, round after round in the tight loop; the first and the last byte carry the number of the message, which
+    whoever receives it checks.
     """
 
     send: Callable[..., Any]
     send_arguments: tuple[Any, ...]
     recv: Callable[..., Any]
     recv_arguments: tuple[Any, ...]
-    rewrite: Callable[[], Any]
+    rewrite: Callable[[], Any] | None
     meet: Callable[[], Any] | None = None
 
 
@@ -50,9 +55,9 @@ def play(link: Link | OwnLoop, side: int, num_bytes: int, rounds: int) -> list[i
     if isinstance(link, OwnLoop):
         return link.play(side, num_bytes, rounds)
     ends = link.ends(num_bytes)
-    if ends.meet is None and num_bytes < REWRITTEN_BYTES_MIN:
+    if ends.rewrite is None or (ends.meet is None and num_bytes < REWRITTEN_BYTES_MIN):
         return _play(ends, side, rounds)
-    return _play_rewriting(ends, ends.meet or meeting(link, side), side, rounds)
+    return _play_rewriting(ends, ends.rewrite, ends.meet or meeting(link, side), side, rounds)
 
 
 def meeting(link: Link, side: int) -> Callable[[], None]:
@@ -69,6 +74,11 @@ def meeting(link: Link, side: int) -> Callable[[], None]:
             send(*out)
 
     return meet
+
+
+def marks() -> Iterator[int]:
+    """Yield the marks of the messages of one direction, in order: both sides count."""
+    return cycle(range(1, MARK_MAX + 1))
 
 
 def _play(ends: Ends, side: int, rounds: int) -> list[int]:
@@ -88,9 +98,10 @@ def _play(ends: Ends, side: int, rounds: int) -> list[int]:
     return [int(value) for value in np.diff(stamps)]
 
 
-def _play_rewriting(ends: Ends, meet: Callable[[], Any], side: int, rounds: int) -> list[int]:
+def _play_rewriting(
+    ends: Ends, rewrite: Callable[[], Any], meet: Callable[[], Any], side: int, rounds: int
+) -> list[int]:
     send, out, recv, into = ends.send, ends.send_arguments, ends.recv, ends.recv_arguments
-    rewrite = ends.rewrite
     durations = []
     for _ in range(rounds):
         rewrite()

@@ -99,6 +99,7 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
         "ours blocking",
         "ours pull",
         "ours zero-copy",
+        "ours zero-copy, handed over",
     } < by_section["p2p"]
     assert {"pyzmq", "Pipe"} < by_section["p2p"]
     crowd = {r["way"] for r in records if r["section"] == "crowd"}

@@ -1,7 +1,8 @@
 """iceoryx2: publish and subscribe over shared memory, polled, or with an event to sleep on.
 
 The message is copied into the loan and out of the sample with `memmove`, the cheapest copy its Python API allows. The
-polled form spins on `receive`; the other one rings a notifier after each sample and sleeps in a listener.
+polled form spins on `receive`; the other one rings a notifier after each sample and sleeps in a listener. Handed over
+nothing is copied: the loan is sent as it is, except for its first and its last byte.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bus.bench.meeting import Meeting, Message
-from bus.bench.pingpong import Ends, Link
+from bus.bench.pingpong import HANDED_OVER, Ends, Link, marks
 
 
 class Topic:
@@ -66,11 +67,48 @@ class Topic:
 
         return Ends(send_and_notify, (), sleep, (), rewrite)
 
+    def handing_over(self, num_bytes: int) -> Ends:
+        """Return ends of the polled form that copy nothing."""
+        loan, receive, byte = (
+            self._publisher.loan_slice_uninit,
+            self._subscriber.receive,
+            ctypes.c_uint8.from_address,
+        )
+        last = num_bytes - 1
+        next_sent, next_expected = marks().__next__, marks().__next__
+
+        def send() -> None:
+            sample, mark = loan(num_bytes), next_sent()
+            at = sample.payload_ptr
+            byte(at).value = byte(at + last).value = mark
+            sample.assume_init().send()
+
+        def poll() -> None:
+            while (sample := receive()) is None:
+                pass
+            at, mark = sample.payload_ptr, next_expected()
+            if byte(at).value != mark or byte(at + last).value != mark:
+                raise AssertionError("another message than was sent")
+            sample.delete()
+
+        return Ends(send, (), poll, (), None)
+
     def close(self) -> None:
         """Delete the ports."""
         for port in (self._publisher, self._subscriber, self._notifier, self._listener):
             if port is not None:
                 port.delete()
+
+
+class HandedOver:
+    """The polled form of a topic without a copy."""
+
+    def __init__(self, topic: Topic) -> None:
+        self._topic = topic
+
+    def ends(self, num_bytes: int) -> Ends:
+        """See `Link`."""
+        return self._topic.handing_over(num_bytes)
 
 
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
@@ -89,6 +127,8 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
         topic = Topic(node, iox, (names[0], names[1]), size_max, polled=polled)
         stack.callback(topic.close)
         links[f"iceoryx2 {label}"] = topic
+        if polled:
+            links[f"iceoryx2 {label}, {HANDED_OVER}"] = HandedOver(topic)
     meeting.gather()  # all ports are there
     return links
 

@@ -5,7 +5,10 @@ All rewrite their arrays before each round from 16 KiB on; pull and zero-copy al
 spin, adaptive (the default), blocking
               `Sender.send`, `Receiver.recv` on private arrays: two copies; from 16 KiB on one, across processes
 pull          adaptive, the array lies in the sender's app area: one copy
-zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy
+zero-copy     adaptive, `reserve`, `commit` and `peek`, `release`: no copy; writing a large array just before has left
+              the caches cold
+zero-copy, handed over
+              the same calls, but the array stays as it is, except for its first and its last byte
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ from bus.xccl.p2p import P2p
 
 __all__ = ["open_pairs", "open_rows"]
 
-LIMIT, SPIN, ADAPTIVE, BLOCKING, PULL, ZERO_COPY = (
+LIMIT, SPIN, ADAPTIVE, BLOCKING, PULL, ZERO_COPY, ZERO_COPY_HANDED_OVER = (
     "C limit",
     "ours spin",
     "ours adaptive",
     "ours blocking",
     "ours pull",
     "ours zero-copy",
+    f"ours zero-copy, {pingpong.HANDED_OVER}",
 )
 TIMEOUT_MS = 120_000
 CHUNKED = RingLayout(num_slots=8, slot_bytes=64 * 1024)
@@ -131,6 +135,33 @@ class ZeroCopy:
         return Ends(send, (), take, (), rewrite, self._meet)
 
 
+class HandedOver:
+    """`reserve`, mark, `commit`; `peek`, check the mark, `release`."""
+
+    def __init__(self, p2p: P2p, peer: Rank) -> None:
+        self._sender, self._receiver = p2p.sender(peer), p2p.receiver(peer)
+
+    def ends(self, num_bytes: int) -> Ends:
+        """See `Link`."""
+        reserve, commit = self._sender.reserve, self._sender.commit
+        peek, release = self._receiver.peek, self._receiver.release
+        deadline, shape, dtype = Deadline.after_ms(TIMEOUT_MS), (num_bytes,), np.dtype(np.uint8)
+        next_sent, next_expected = pingpong.marks().__next__, pingpong.marks().__next__
+
+        def send() -> None:
+            array = reserve(shape, dtype, EVENT, deadline)
+            array[0] = array[-1] = next_sent()
+            commit(EVENT)
+
+        def take() -> None:
+            message, mark = peek(EVENT, deadline), next_expected()
+            if message.item(0) != mark or message.item(-1) != mark:
+                raise AssertionError("another message than was sent")
+            release(EVENT)
+
+        return Ends(send, (), take, (), None)
+
+
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
     """Return the links with the partner, one endpoint each."""
     opener = _Opener(meeting, stack, XcclConfig(**options["xccl"]))
@@ -154,6 +185,7 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
     whole = RingLayout(num_slots=2, slot_bytes=max(4096, size_max))
     _, p2p, peer = opener.open("zero", Adaptive(spin_ns), whole, 0)
     links[ZERO_COPY] = ZeroCopy(p2p, peer, meet)
+    links[ZERO_COPY_HANDED_OVER] = HandedOver(p2p, peer)
     return links
 
 
