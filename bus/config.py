@@ -85,7 +85,7 @@ class XcclConfig(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Data plane."""
 
     spin_us: int = 20  # longest spin before sleeping in the kernel
-    poll_interval_ms: int = 20  # how often a sleeping waiter looks at its peers' owner locks
+    poll_interval_ms: int = 20  # a waiter looks at owner locks after so long, twice, ... 32 times that
     stall_timeout_ms: int = 10_000  # a living peer that is silent for so long has stalled
     peer_wait_timeout_ms: int = 60_000  # how long a step waits for a dead peer's next incarnation
     num_lanes: int = 1  # threads that share the copy of a large array

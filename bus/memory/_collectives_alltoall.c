@@ -43,8 +43,7 @@ AllToAll_init(AllToAll *self, PyObject *args, PyObject *kwargs)
     }
     self->stage_bytes = stage_bytes;
     self->app_at = app_at;
-    self->poll_ns = poll_ns;
-    if (group_init(&self->group, rank, num_ranks, LANES, shared_bytes, yield_ns) < 0) {
+    if (group_init(&self->group, rank, num_ranks, LANES, shared_bytes, yield_ns, poll_ns) < 0) {
         return -1;
     }
     self->views = PyMem_Calloc((size_t)num_ranks, sizeof *self->views);
@@ -303,11 +302,10 @@ answer_pieces(AllToAll *self)
 Py_ssize_t
 alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
 {
-    int64_t now = now_ns(), until = deadline - now < self->poll_ns ? deadline : now + self->poll_ns;
     Py_ssize_t status = 0;
     if (self->phase == PHASE_ANNOUNCED) {
         status = status_of(
-            self, group_await(&self->group, 0, COUNT_LANES, self->event_id, self->state, self->found, until));
+            self, group_await(&self->group, 0, COUNT_LANES, self->event_id, self->state, self->found, deadline));
         status = status == 0 ? count_pieces(self) : status;
     }
     if (status == 0 && self->phase == PHASE_COUNTED) {
@@ -323,7 +321,7 @@ alltoall_go_on(AllToAll *self, char *out, Py_ssize_t room, int64_t deadline)
     }
     if (status == 0) {
         status = status_of(
-            self, group_await_answers(&self->group, 0, self->event_id, self->state, self->answers, until));
+            self, group_await_answers(&self->group, 0, self->event_id, self->state, self->answers, deadline));
     }
     return status == 0 ? self->total : status;
 }

@@ -35,7 +35,6 @@ typedef struct {
     uint64_t event_id, num_sent;
     Py_ssize_t row_bytes, total, culprit;
     int phase;
-    int64_t poll_ns;
     uint64_t num_exchanges, bytes_received, bytes_staged;
 } AllToAll;
 

@@ -57,12 +57,6 @@ pack_event(const Exchange *self, PyObject *event, uint64_t *event_id, Py_ssize_t
     return fields[3] == 0 || fields[2] >= self->num_microbatches ? -1 : 0;
 }
 
-static int64_t
-earlier(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* ---------------------------------------------------------------- dispatch */
 
 /* Take the announcement of an exchange back that has not ended, before what it points to is staged anew: whoever has not
@@ -177,9 +171,8 @@ receive(Exchange *self, Py_ssize_t microbatch, int64_t deadline)
     Py_ssize_t status;
     self->group.busy = 1;
     Py_BEGIN_ALLOW_THREADS
-    int64_t until = earlier(deadline, now_ns() + self->poll_ns);
     status = status_of(self, group_await(&self->group, microbatch * LANES, COUNT_LANES, batch->event_id,
-                                         batch->state, batch->found, until));
+                                         batch->state, batch->found, deadline));
     if (status == 0) {
         FAULT("counted");
         status = exchange_pull(self, microbatch);
@@ -315,9 +308,8 @@ static Py_ssize_t
 reduce(Exchange *self, Py_ssize_t microbatch, const float *weights, float *out, int64_t deadline)
 {
     batch_t *batch = &self->batches[microbatch];
-    int64_t until = earlier(deadline, now_ns() + self->poll_ns);
     Py_ssize_t status = status_of(self, group_await_answers(&self->group, microbatch * LANES, batch->event_id,
-                                                            batch->state, batch->found, until));
+                                                            batch->state, batch->found, deadline));
     if (status == 0) {
         FAULT("answered");
         self->culprit = exchange_reduce(self, microbatch, weights, out);

@@ -104,12 +104,11 @@ Exchange_init(Exchange *self, PyObject *args, PyObject *kwargs)
                           &self->y_start_at, &self->y_scale_at, &self->y_at, &yield_ns, &poll_ns)) {
         return -1;
     }
-    self->poll_ns = poll_ns;
     if (check_sizes(self, num_ranks) < 0) {
         return -1;
     }
     Py_ssize_t lanes = self->num_microbatches * LANES, shared = self->num_microbatches * self->block_bytes;
-    if (group_init(&self->group, rank, num_ranks, lanes, shared, yield_ns) < 0) {
+    if (group_init(&self->group, rank, num_ranks, lanes, shared, yield_ns, poll_ns) < 0) {
         return -1;
     }
     if (make_memory(self) < 0) {

@@ -38,7 +38,6 @@ typedef struct {
     Py_ssize_t max_tokens, top_k, hidden, num_local, num_experts, num_microbatches, pairs_max, row_bytes;
     int int8, delivers_int8;
     Py_ssize_t block_bytes, x_at, x_scale_at, starts_at, pair_row_at, y_start_at, y_scale_at, y_at;
-    int64_t poll_ns;
     Py_ssize_t culprit; /* the rank that a status is about */
     uint64_t dispatches, combines, rows_sent, rows_received;
 } Exchange;

@@ -1,10 +1,6 @@
 /* Cells, doorbells and waiting of a group. The order of every word stands in bus/README.md, "Memory order". */
 #include "_collectives_group.h"
 
-#define BELL_SEQ 0
-#define BELL_SLEEPERS 1
-#define BELL_PATIENT 2
-#define BELL_WAKE_AT 3
 #define SCORE_MAX 256
 #define SCORE_LOW (SCORE_MAX / 8)
 #define PROBE_MIN 32
@@ -14,7 +10,7 @@
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
-           int64_t yield_ns)
+           int64_t yield_ns, int64_t poll_ns)
 {
     if (num_ranks < 1 || num_ranks > 1 << 20 || rank < 0 || rank >= num_ranks || yield_ns < 0) {
         PyErr_Format(PyExc_ValueError, "shape: rank %zd must be below %zd ranks", rank, num_ranks);
@@ -32,6 +28,7 @@ group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num
     group->num_lanes = num_lanes;
     group->shared_bytes = shared_bytes;
     group->yield_ns = yield_ns;
+    group->poll_ns = group->look_ns = poll_ns;
     group->relax = group->yield = (habit_t){SCORE_MAX, PROBE_MIN, 0};
     return 0;
 }
@@ -93,7 +90,7 @@ group_set_peer(group_t *group, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     Py_ssize_t cell_bytes = group->num_ranks * group->num_lanes * CELL_STRIDE;
-    if (cells < DOORBELL_OFFSET + 16 || cells % CELL_STRIDE != 0 || managed % CELL_STRIDE != 0 ||
+    if (cells < DOORBELL_OFFSET + BELL_BYTES || cells % CELL_STRIDE != 0 || managed % CELL_STRIDE != 0 ||
         ((uintptr_t)view.buf & 7) != 0 || cells + cell_bytes > managed || managed > view.len ||
         group->shared_bytes > view.len - managed) {
         PyErr_Format(PyExc_ValueError, "rank %zd: its cells and blocks do not fit its segment of %zd bytes", rank,
@@ -104,6 +101,7 @@ group_set_peer(group_t *group, PyObject *const *args, Py_ssize_t nargs)
     drop_peer(group, &group->peers[rank]);
     group->peers[rank] = (peer_t){view, view.buf, cells, managed, incarnation, 0};
     group->num_connected++;
+    group->must_look |= rank != group->rank; /* nobody has looked at its lock since it is watched */
     Py_RETURN_NONE;
 }
 
@@ -359,17 +357,25 @@ poll_cells(group_t *group, const wanted_t *wanted, int64_t until)
     return 0;
 }
 
-/* Sleep until `awaited` rings have come after `seen`; returns whether a signal came. */
+/* Whether this process was told of a death, or maps another rank, since owner locks were last looked at. */
 static int
-sleep_for(uint32_t *bell, uint32_t seen, Py_ssize_t awaited, int64_t until)
+should_look(const group_t *group)
 {
+    return group->must_look || num_alarms(bell_of(group, group->rank)) != group->alarms_seen;
+}
+
+/* Sleep until `awaited` rings have come after `seen`, or an alarm; returns whether a signal came. */
+static int
+sleep_for(const group_t *group, uint32_t seen, Py_ssize_t awaited, int64_t until)
+{
+    uint32_t *bell = bell_of(group, group->rank);
     struct timespec at = {.tv_sec = until / NS_PER_S, .tv_nsec = until % NS_PER_S};
     __atomic_store_n(&bell[BELL_WAKE_AT], seen + (uint32_t)awaited, __ATOMIC_SEQ_CST);
     __atomic_store_n(&bell[BELL_PATIENT], 1, __ATOMIC_SEQ_CST);
     int error = 0;
     while (!error) {
         uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-        if ((Py_ssize_t)(seq - seen) >= awaited) {
+        if ((Py_ssize_t)(seq - seen) >= awaited || should_look(group)) {
             break;
         }
         if (syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seq, &at, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
@@ -393,30 +399,47 @@ sleep_for_cells(group_t *group, const wanted_t *wanted, int64_t until, int *is_s
     Py_ssize_t awaited = look_at_all(group, wanted);
     if (awaited > 0) {
         group->sleeps++;
-        *is_signalled = sleep_for(bell, seen, awaited, until);
+        *is_signalled = sleep_for(group, seen, awaited, until);
     }
     __atomic_fetch_sub(&bell[BELL_SLEEPERS], 1, __ATOMIC_SEQ_CST); /* only the waiter takes its own mark away */
     return awaited;
 }
 
+/* The caller looks at owner locks now, if the wait was in vain: note what that look covers, and when the next is due. */
+static void
+note_looks(group_t *group, int in_vain, int is_late)
+{
+    if (in_vain) {
+        group->alarms_seen = num_alarms(bell_of(group, group->rank));
+        group->must_look = 0;
+        group->look_ns = is_late ? next_look(group->look_ns, group->poll_ns) : group->look_ns;
+    }
+    else {
+        group->look_ns = group->poll_ns;
+    }
+}
+
 Py_ssize_t
 group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state, uint64_t *found,
-            int64_t until)
+            int64_t deadline)
 {
     const wanted_t wanted = {lane, num_lanes, event_id, state, found};
-    int64_t begin = now_ns();
-    int is_signalled = 0;
+    int64_t begin = now_ns(), look_at = deadline_after(begin, group->look_ns);
+    int64_t until = look_at < deadline ? look_at : deadline;
+    int is_signalled = 0, looks = 0;
     for (;;) {
         Py_ssize_t awaited = look_at_all(group, &wanted);
         int64_t now = now_ns();
-        if (awaited <= 0 || now >= until || is_signalled) {
+        if (awaited <= 0 || now >= until || is_signalled || looks) {
             if (awaited <= 0 || now - begin > group->typical_ns[lane]) {
                 learn_duration(group, lane, now - begin);
             }
+            note_looks(group, awaited > 0, now >= look_at);
             return awaited; /* after a signal Python runs its handlers and calls again */
         }
         if (!poll_cells(group, &wanted, until)) {
             sleep_for_cells(group, &wanted, until, &is_signalled);
+            looks = should_look(group);
         }
     }
 }
@@ -438,10 +461,10 @@ has_left(const group_t *group, Py_ssize_t rank, Py_ssize_t counts, uint64_t even
 
 Py_ssize_t
 group_await_answers(group_t *group, Py_ssize_t counts, uint64_t event_id, uint8_t *state, uint64_t *found,
-                    int64_t until)
+                    int64_t deadline)
 {
     const wanted_t wanted = {counts + COUNT_LANES, 1, event_id, state, found};
-    Py_ssize_t awaited = group_await(group, wanted.lane, 1, event_id, state, found, until);
+    Py_ssize_t awaited = group_await(group, wanted.lane, 1, event_id, state, found, deadline);
     if (awaited <= 0) {
         return awaited;
     }

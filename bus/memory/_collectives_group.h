@@ -38,6 +38,10 @@ typedef struct {
     Py_ssize_t shared_bytes; /* of each segment, from `managed` on */
     uint64_t writes, waits, relax_wins, yield_wins, sleeps, moves;
     int64_t yield_ns; /* burst of yielding where nothing better is known */
+    int64_t look_ns;      /* how long to wait until the next look at owner locks */
+    int64_t poll_ns;      /* where that begins */
+    uint32_t alarms_seen; /* alarms before the last look at owner locks */
+    int must_look;        /* a rank was mapped since */
     int64_t *typical_ns; /* [num_lanes] how long waits for cells of a lane take, a moving average */
     habit_t relax, yield;
     uint32_t place;    /* what was last stored at PLACE_OFFSET */
@@ -47,7 +51,7 @@ typedef struct {
 
 /* 0, or -1 with an exception. `shared_bytes` from its managed offset on must lie in every segment. */
 int group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
-               int64_t yield_ns);
+               int64_t yield_ns, int64_t poll_ns);
 void group_clear(group_t *group);
 
 /* Methods `set_peer(rank, buf, incarnation, cells_offset, managed_offset)` and `drop_peer(rank)`. */
@@ -63,18 +67,19 @@ uint64_t group_tell(group_t *group, Py_ssize_t rank, Py_ssize_t lane, uint64_t w
 /* Ring at all ranks that were told something since the last ring. */
 void group_ring(group_t *group);
 
-/* Wait until no rank is AWAITED in `state`, one has MOVED_ON, or `until` has come.
+/* Wait until no rank is AWAITED in `state`, one has MOVED_ON, `deadline` has come, or owner locks should be looked at:
+ * after `poll_ns`, in vain twice that, ..., and at once when this process was told of a death.
  *
  * A rank has arrived when its cell on one of `num_lanes` lanes from `lane` on shows `event_id`; found[2 * rank] and
- * found[2 * rank + 1] are w2 and w3. Returns how many are awaited, or -1 - rank of the first that moved on. The GIL
+ * found[2 * rank + 1] are w2 and w3. Returns how many are still awaited, or -1 - rank of the first that moved on. The GIL
  * is not needed. */
 Py_ssize_t group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, uint8_t *state,
-                       uint64_t *found, int64_t until);
+                       uint64_t *found, int64_t deadline);
 
-/* The same for answers on lane `counts` + COUNT_LANES. When `until` has come, a rank has MOVED_ON as well if its
+/* The same for answers on lane `counts` + COUNT_LANES. When it ends in vain, a rank has MOVED_ON as well if its
  * announcements, from lane `counts` on, say that no answer will come. */
 Py_ssize_t group_await_answers(group_t *group, Py_ssize_t counts, uint64_t event_id, uint8_t *state, uint64_t *found,
-                               int64_t until);
+                               int64_t deadline);
 
 /* An announcement of `rank`, from lane `counts` on, still has these w1, w2 and w3. */
 int group_still_says(const group_t *group, Py_ssize_t rank, Py_ssize_t counts, uint64_t event_id, const uint64_t *found);

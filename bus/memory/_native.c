@@ -389,6 +389,26 @@ ring_doorbell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 }
 
 static PyObject *
+sound_alarm(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_buffer view;
+    Py_ssize_t offset;
+    if (check_count("sound_alarm", nargs, 2) < 0 || parse_size(args[1], "offset", &offset) < 0) {
+        return NULL;
+    }
+    char *address = open_range(args[0], offset, BELL_BYTES, 4, PyBUF_WRITABLE, &view);
+    if (address == NULL) {
+        return NULL;
+    }
+    uint32_t *words = (uint32_t *)address;
+    int failed;
+    __atomic_fetch_add(&words[BELL_ALARM], 1, __ATOMIC_SEQ_CST); /* SYNC: alarm */
+    ring_bell(words, &failed); /* wakes whoever is patient, too */
+    PyBuffer_Release(&view);
+    return failed ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+}
+
+static PyObject *
 wait_doorbell(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer view;
@@ -519,6 +539,7 @@ static PyMethodDef methods[] = {
     ENTRY(futex_wake, "futex_wake(buf, offset, count) -> how many were woken."),
     ENTRY(wait_u32, "wait_u32(buf, offset, expected, spin_ns, timeout_ns) -> the current value."),
     ENTRY(ring_doorbell, "ring_doorbell(buf, offset) -> the new seq."),
+    ENTRY(sound_alarm, "sound_alarm(buf, offset): count one more death, and wake all that wait at the doorbell."),
     ENTRY(wait_doorbell, "wait_doorbell(buf, offset, seen, spin_ns, timeout_ns) -> the current seq."),
     ENTRY(write_cell, "write_cell(buf, offset, w0, w1, w2, w3). w0 is the sequence word."),
     ENTRY(read_cell, "read_cell(buf, offset) -> (w0, w1, w2, w3), or None if empty or torn."),

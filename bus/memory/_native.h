@@ -102,6 +102,29 @@ ring_bell(uint32_t *words, int *failed)
     return seq;
 }
 
+/* Words of a doorbell: see bus/memory/layout.py. */
+#define BELL_SEQ 0
+#define BELL_SLEEPERS 1
+#define BELL_PATIENT 2
+#define BELL_WAKE_AT 3
+#define BELL_ALARM 4 /* deaths that the owner's process was told of; only that process writes it, and only it reads it */
+#define BELL_BYTES 20
+#define LOOK_TIMES_MAX 32 /* a waiter looks at owner locks after the poll interval, twice that, ... so many times that */
+
+/* How often the owner of this doorbell was told of a death. Read behind `seq`: then a later alarm changes `seq` too. */
+static inline uint32_t
+num_alarms(const uint32_t *bell)
+{
+    return __atomic_load_n(&bell[BELL_ALARM], __ATOMIC_ACQUIRE); /* SYNC: alarm */
+}
+
+/* How long to wait until the next look at owner locks, when `interval` was over without news. */
+static inline int64_t
+next_look(int64_t interval, int64_t poll_ns)
+{
+    return interval < LOOK_TIMES_MAX / 2 * poll_ns ? 2 * interval : LOOK_TIMES_MAX * poll_ns;
+}
+
 static inline void
 store_cell(uint64_t *cell, const uint64_t *words)
 {

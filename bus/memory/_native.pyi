@@ -52,6 +52,9 @@ def wait_u32(buf: Buffer, offset: int, expected: int, spin_ns: int, timeout_ns: 
 def ring_doorbell(buf: Buffer, offset: int, /) -> int:
     """Increment `seq` at `offset`, wake all sleepers if `sleepers` at `offset + 4` is nonzero; return seq."""
 
+def sound_alarm(buf: Buffer, offset: int, /) -> None:
+    """Increment `alarm` at `offset + 16`, then ring the doorbell at `offset`; also patient waiters are woken."""
+
 def wait_doorbell(buf: Buffer, offset: int, seen: int, spin_ns: int, timeout_ns: int, /) -> int:
     """Spin up to `spin_ns`, then sleep, until `seq` differs from `seen`; return it (`seen` = timed out)."""
 

@@ -139,7 +139,7 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     if (check_range("ring", ring, SLOTS_OFFSET + num_slots * stride, ring_view->len, 8) < 0 ||
         check_range("out_cell", out_cell, 2 * CELL_BYTES, peer_view.len, CELL_BYTES) < 0 ||
         check_range("in_cell", in_cell, 2 * CELL_BYTES, own_view.len, CELL_BYTES) < 0 ||
-        check_range("own_bell", own_bell, 8, own_view.len, 8) < 0 ||
+        check_range("own_bell", own_bell, BELL_BYTES, own_view.len, 8) < 0 ||
         check_range("peer_bell", peer_bell, 8, peer_view.len, 8) < 0 ||
         check_range("own_place", own_place, 4, own_view.len, 4) < 0 ||
         check_range("peer_place", peer_place, 4, peer_view.len, 4) < 0 || own_low > own_high || peer_low > peer_high ||
@@ -175,6 +175,7 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->read_bytes_min = read_min;
     end->message_bytes_max = message_max;
     end->poll_ns = poll_ns;
+    end->alarms_seen = num_alarms(end->own_bell) - 1; /* the peer's lock has not been looked at yet */
     end->pause_rounds = pause_rounds;
     end->yield_ns = yield_ns;
     end->may_sleep = may_sleep;

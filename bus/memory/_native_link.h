@@ -153,6 +153,7 @@ typedef struct {
     int watches_only;      /* then the cell is not looked at */
     /* waiting */
     int64_t poll_ns, yield_ns;
+    uint32_t alarms_seen; /* alarms before the last look at the peer's lock */
     int64_t typical_ns; /* what waits take that outlast the pauses, a moving average */
     int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
     int pause_rounds, may_sleep, was_crowded;

@@ -209,7 +209,15 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
     }
 }
 
-/* Sleep on the own doorbell until news, `until`, or a signal. 1 news; 0 none yet; -1 errno. The GIL is released. */
+/* Whether this process was told of a death, of the peer or another one, since the peer's lock was last looked at. */
+static int
+is_alarmed(const LinkEnd *end)
+{
+    return num_alarms(end->own_bell) != end->alarms_seen;
+}
+
+/* Sleep on the own doorbell until news, an alarm, `until`, or a signal. 1 news; 0 none yet; -1 errno. The GIL is
+ * released. */
 static int
 sleep_for_news(LinkEnd *end, int64_t until)
 {
@@ -219,6 +227,9 @@ sleep_for_news(LinkEnd *end, int64_t until)
     uint32_t seen = __atomic_load_n(&bell[0], __ATOMIC_ACQUIRE); /* SYNC: word */
     if (has_news(end)) {
         return 1;
+    }
+    if (is_alarmed(end)) { /* behind `seen`: an alarm after this look has rung after it, too */
+        return 0;
     }
     end->num_sleeps++;
     __atomic_fetch_add(&bell[1], 1, __ATOMIC_SEQ_CST); /* SYNC: doorbell */
@@ -237,6 +248,7 @@ sleep_for_news(LinkEnd *end, int64_t until)
 static int
 poll_peer(LinkEnd *end, uint64_t event_id)
 {
+    end->alarms_seen = num_alarms(end->own_bell); /* before the look */
     PyObject *event = PyLong_FromUnsignedLongLong(event_id);
     PyObject *error = link_call(end, name_poll, event, NULL);
     Py_XDECREF(event);
@@ -282,7 +294,7 @@ link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
     }
     PyThreadState *state = PyEval_SaveThread();
     unsigned long long num_sleeps = end->num_sleeps;
-    int64_t start = now_ns(), poll_at = deadline_after(start, end->poll_ns);
+    int64_t start = now_ns(), interval = end->poll_ns, poll_at = deadline_after(start, interval);
     int outcome = yield_for_news(end, start, end->may_sleep ? deadline : poll_at);
     while (outcome == 0) {
         int64_t now = now_ns();
@@ -290,13 +302,14 @@ link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
             outcome = has_news(end);
             break;
         }
-        if (now >= poll_at) {
+        if (now >= poll_at || is_alarmed(end)) {
             PyEval_RestoreThread(state);
             outcome = poll_peer(end, event_id);
             if (outcome != 0) {
                 return outcome;
             }
-            poll_at = deadline_after(now_ns(), end->poll_ns);
+            interval = now >= poll_at ? next_look(interval, end->poll_ns) : interval;
+            poll_at = deadline_after(now_ns(), interval);
             state = PyEval_SaveThread();
             continue;
         }

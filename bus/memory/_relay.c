@@ -100,7 +100,7 @@ open_peer(PyObject *const *args, Py_ssize_t num_cells, Py_ssize_t num_bytes, pee
     if (PyObject_GetBuffer(args[0], &view, PyBUF_WRITABLE) < 0) {
         return -1;
     }
-    if (cells < DOORBELL_OFFSET + 16 || cells % CELL_STRIDE != 0 || managed % CELL_STRIDE != 0 ||
+    if (cells < DOORBELL_OFFSET + BELL_BYTES || cells % CELL_STRIDE != 0 || managed % CELL_STRIDE != 0 ||
         ((uintptr_t)view.buf & 7) != 0 || num_cells * CELL_STRIDE > managed - cells || managed > view.len ||
         num_bytes > view.len - managed) {
         PyErr_Format(PyExc_ValueError, "segment: %zd cells and %zd bytes do not fit its %zd bytes", num_cells,

@@ -48,6 +48,8 @@ typedef struct {
     uint32_t place;     /* 1 + the core on which this rank last polled, as it was told to peers */
     int64_t spread_at, spread_ns; /* when to count ranks, how long after that again */
     uint64_t waits, sleeps, moves;
+    uint32_t alarms_seen; /* of the own doorbell, before peers' owner locks were last looked at */
+    int must_look;        /* a peer was mapped since */
 } waiter_t;
 
 /* Whether a cell was written since its w0 was `seen`. One that is being written is none yet: its writer may have died. */
@@ -185,7 +187,8 @@ void learn_duration(waiter_t *waiter, int64_t duration);
 void mark_asleep(uint32_t *bell);
 void mark_awake(uint32_t *bell);
 
-/* Sleep until `rings` rings have come after `seen`; 0 at the time limit or after a signal. Between the marks. */
+/* Sleep until `rings` rings have come after `seen`; 0 at the time limit or after a signal. Between the marks. An alarm
+ * that is not among `alarms_seen` ends it, too. */
 int sleep_for(waiter_t *waiter, uint32_t *bell, uint32_t seen, uint32_t rings, int64_t until);
 
 /* _relay_spread.c: say on which core this rank polls, and now and then, when too many ranks share it, move. */

@@ -90,6 +90,7 @@ AttentionEnd_set_peer(AttentionEnd *self, PyObject *const *args, Py_ssize_t narg
         open_peer(args + 1, expert_cells(&self->g), expert_bytes(&self->g), &self->experts[expert]) < 0) {
         return NULL;
     }
+    self->waiter.must_look = 1; /* nobody has looked at its owner lock since it is watched */
     crowd_t crowd = crowd_of(self);
     say_place(&crowd, &self->g, &self->experts[expert], self->waiter.place);
     Py_RETURN_NONE;

@@ -166,8 +166,19 @@ count_silent(const AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatc
     return num;
 }
 
+/* Whether this process was told of a death, or has mapped a peer, since Python last looked at owner locks. It does now. */
+static int
+must_look(waiter_t *waiter, const uint32_t *bell)
+{
+    uint32_t alarms = num_alarms(bell);
+    int must = waiter->must_look || alarms != waiter->alarms_seen;
+    waiter->alarms_seen = alarms;
+    waiter->must_look = 0;
+    return must;
+}
+
 /* Poll for one of the answers that are awaited, since all are needed, then sleep until all of them have come. Returns
- * whether to look again: 0 at the time limit, and after a signal, for Python to run its handlers. */
+ * whether to look again: 0 at the time limit, after a signal, for Python to run its handlers, and after an alarm. */
 static int
 await_answers(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, int64_t until)
 {
@@ -182,11 +193,13 @@ await_answers(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, in
     int goes_on = 1;
     mark_asleep(bell);
     uint32_t seen = __atomic_load_n(bell, __ATOMIC_ACQUIRE); /* SYNC: word */
-    if (count_silent(self, e, microbatch) == e->num_pending) {
+    int is_alarmed = must_look(&self->waiter, bell);
+    if (!is_alarmed && count_silent(self, e, microbatch) == e->num_pending) {
         goes_on = sleep_for(&self->waiter, bell, seen, (uint32_t)e->num_pending, until);
+        is_alarmed = must_look(&self->waiter, bell);
     }
     mark_awake(bell);
-    return goes_on;
+    return goes_on && !is_alarmed;
 }
 
 static outcome_t
@@ -197,8 +210,9 @@ receive(AttentionEnd *self, exchange_t *e, Py_ssize_t microbatch, const float *w
         return outcome;
     }
     int64_t begin = now_ns(), until = deadline_after(begin, timeout);
-    while (outcome.code == PENDING && now_ns() < until && await_answers(self, e, microbatch, until)) {
-        outcome = take_answers(self, e, microbatch, weights, out);
+    for (int goes_on = 1; goes_on && outcome.code == PENDING && now_ns() < until;) {
+        goes_on = await_answers(self, e, microbatch, until);
+        outcome = take_answers(self, e, microbatch, weights, out); /* also when Python is to look at owner locks */
     }
     learn_duration(&self->waiter, now_ns() - begin);
     return outcome;

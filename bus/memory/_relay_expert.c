@@ -530,6 +530,7 @@ await_ring(ExpertEnd *self, int64_t timeout)
     spread(&self->waiter, &crowd, &self->g);
     int rung = poll_for(&self->waiter, &awaited, until);
     if (!rung && now_ns() < until) {
+        self->waiter.alarms_seen = num_alarms(bell); /* a later one rings, and Python looks for it itself */
         mark_asleep(bell);
         rung = sleep_for(&self->waiter, bell, self->bell_seen, 1, until);
         mark_awake(bell);

@@ -2,10 +2,6 @@
  * one word instead of a group's cells. The order of every word stands in bus/README.md, "Memory order". */
 #include "_relay.h"
 
-#define BELL_SEQ 0
-#define BELL_SLEEPERS 1
-#define BELL_PATIENT 2
-#define BELL_WAKE_AT 3
 #define SCORE_MAX 256
 #define SCORE_LOW (SCORE_MAX / 8)
 #define PROBE_MIN 32
@@ -142,7 +138,7 @@ sleep_for(waiter_t *waiter, uint32_t *bell, uint32_t seen, uint32_t rings, int64
     }
     while (!error) {
         uint32_t seq = __atomic_load_n(&bell[BELL_SEQ], __ATOMIC_SEQ_CST); /* SYNC: doorbell */
-        if ((int32_t)(seq - (seen + rings)) >= 0) {
+        if ((int32_t)(seq - (seen + rings)) >= 0 || num_alarms(bell) != waiter->alarms_seen) {
             break;
         }
         if (syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seq, &at, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&

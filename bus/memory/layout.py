@@ -18,7 +18,7 @@ pairs):
       +--------+------------+----------------+---------------+------------+-----------+-------------+
       | cells  | num_cells  | managed_offset | managed_bytes | app_offset | app_bytes | total_bytes |  u64
       +--------+------------+----------------+---------------+------------+-----------+-------------+
-    128 doorbell: seq u32, sleepers u32, patient u32, wake_at u32     256 heartbeat u64, ns; place u32     384 ready u32
+    128 doorbell: seq, sleepers, patient, wake_at, alarm: u32    256 heartbeat u64, ns; places u32    384 ready u32
 
 Cell of (peer, lane) = metadata + (peer * num_lanes + lane) * 64:
 
@@ -37,6 +37,7 @@ Memory order. "owner" is the process that created the segment; "peer p" is the o
 | doorbell sleepers | waiters (atomic add) | all       | seq_cst, SYNC: doorbell; a ringer never writes it   |
 | doorbell patient  | owner                | ringers   | seq_cst; 1 = a waiter needs several rings           |
 | doorbell wake_at  | owner                | ringers   | seq_cst; seq from which a patient waiter is woken   |
+| doorbell alarm    | owner                | owner     | seq_cst add / acquire; deaths told by the kernel    |
 | heartbeat         | owner                | all       | release / acquire, SYNC: word                       |
 | place             | owner                | its group | relaxed; 1 + the core where it polls, a hint        |
 | cell w0 of peer p | peer p               | owner     | release / acquire, SYNC: cell-whole                 |
@@ -66,6 +67,7 @@ HEADER_BYTES: Final = PAGE_BYTES
 IDENTITY_OFFSET: Final = 0
 AREAS_OFFSET: Final = IDENTITY_OFFSET + LINE_BYTES
 DOORBELL_OFFSET: Final = AREAS_OFFSET + LINE_BYTES
+ALARM_OFFSET: Final = DOORBELL_OFFSET + 16
 HEARTBEAT_OFFSET: Final = DOORBELL_OFFSET + LINE_PAIR_BYTES
 LINK_PLACE_OFFSET: Final = HEARTBEAT_OFFSET + 12
 READY_OFFSET: Final = HEARTBEAT_OFFSET + LINE_PAIR_BYTES

@@ -27,7 +27,9 @@ import numpy.typing as npt
 from bus.clock import now_ns
 from bus.errors import ResourceError, SegmentCorrupt
 from bus.memory import _native, ofd, shm
+from bus.memory.deaths import deaths
 from bus.memory.layout import (
+    ALARM_OFFSET,
     AREAS_OFFSET,
     DOORBELL_OFFSET,
     HEADER_BYTES,
@@ -124,6 +126,7 @@ class Segment:
         segment.buf[AREAS_OFFSET : AREAS_OFFSET + len(areas)] = areas
         segment.beat()
         _native.store_u32(segment.buf, READY_OFFSET, READY)  # SYNC: word (publishes the header)
+        deaths.subscribe(segment)
         return segment
 
     @classmethod
@@ -138,10 +141,12 @@ class Segment:
         fd = shm.open_existing(name)
         try:
             identity, layout = _read_header(fd, name)
-            return cls(fd, name, identity, layout, is_owner=False)
+            segment = cls(fd, name, identity, layout, is_owner=False)
         except BaseException:
             os.close(fd)
             raise
+        deaths.watch(segment)
+        return segment
 
     @property
     def incarnation(self) -> int:
@@ -216,6 +221,18 @@ class Segment:
         """Wait until `seq` differs from `seen`; return it (`seen` = timed out). Releases the GIL."""
         return _native.wait_doorbell(self.buf, DOORBELL_OFFSET, seen, spin_ns, timeout_ns)
 
+    def sound_alarm(self) -> None:
+        """Count one more death that the owner was told of, and wake the waiters: they look at their peers' locks."""
+        _native.sound_alarm(self.buf, DOORBELL_OFFSET)
+
+    def num_alarms(self) -> int:
+        """Return how often the alarm was sounded, mod 2^32."""
+        return _native.load_u32(self.buf, ALARM_OFFSET)
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file; -1 after `close`."""
+        return self._fd
+
     def beat(self) -> None:
         """Store the current monotonic time in the heartbeat word; called by the loop that it vouches for."""
         _native.store_u64(self.buf, HEARTBEAT_OFFSET, now_ns())
@@ -228,9 +245,16 @@ class Segment:
         """Free the owner lock and the mapping; idempotent. Views that still exist keep the memory alive."""
         if self.closed:
             return
+        if self.is_owner:
+            deaths.unsubscribe(self)
+        else:
+            deaths.unwatch(self)
         fd, self._fd = self._fd, -1
         if self.is_owner:
             ofd.unlock(fd)  # explicit: the mapping holds a second descriptor of the same open file
+            os.fchmod(
+                fd, 0o600
+            )  # changes nothing, and tells whoever watches the file: views may keep it open
         os.close(fd)
         with contextlib.suppress(BufferError):  # exported views; the last of them frees the mapping
             self.buf.close()

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PAUSE_ROUNDS = 40  # 1 to 2 us: longer than a cache line takes, shorter than a wake-up
+LOOK_TIMES_MAX = 32
 PROBE_EVERY = 64  # a burst that has shrunk to nothing is tried again once in so many waits
+
+
+def next_look_ns(interval_ns: int, poll_ns: int) -> int:
+    """Return how long to wait until the next look at owner locks when `interval_ns` was over without news.
+
+    First `poll_ns`, then twice, 4 times, ... `LOOK_TIMES_MAX` times that: deaths are told by the kernel
+    (bus/memory/deaths.py), and a waiter looks on its own only in case that they were not. As in _native.h.
+    """
+    return min(2 * interval_ns, LOOK_TIMES_MAX * poll_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +172,23 @@ def wait_until(
     *,
     check: Callable[[], None],
     check_interval_ns: int,
+    num_alarms: Callable[[], int] | None = None,
 ) -> T | None:
     """Call `probe` after every ring until it returns something; None when the deadline passed first.
 
     Args:
         probe: looks for work; returns None when there is none. Called at least once, also after the
         deadline. bell: rung by whoever makes work. strategy: how to wait. deadline: absolute, monotonic.
-        check: called about every `check_interval_ns` of waiting, however often the bell rings; raises to
-        give up. check_interval_ns: also the longest single sleep.
+        check: called after `check_interval_ns` of waiting, however often the bell rings, then after twice that,
+        ... (`next_look_ns`), and before the first sleep and whenever `num_alarms` returns another number, if it is
+        given; raises to give up.
 
     Raises:
         Whatever `probe` or `check` raise.
 
     Blocks: yes; releases the GIL while waiting.
     """
-    check_at_ns = 0
+    check_at_ns, interval_ns, alarms = 0, check_interval_ns, -1
     while True:
         seen = bell.seq()
         found = probe()
@@ -186,8 +198,13 @@ def wait_until(
         if now >= deadline.at_ns:
             return None
         if check_at_ns == 0:
-            check_at_ns = now + check_interval_ns
+            check_at_ns = now + interval_ns
         elif now >= check_at_ns:
             check()
-            check_at_ns = now + check_interval_ns
+            interval_ns = next_look_ns(interval_ns, check_interval_ns)
+            check_at_ns = now + interval_ns
+        if num_alarms is not None and (now_alarms := num_alarms()) != alarms:  # behind `seen`
+            alarms = now_alarms
+            check()
+            continue
         strategy.wait(bell, seen, max(0, min(deadline.at_ns, check_at_ns) - now))

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy.typing as npt
 
-from bus.clock import NS_PER_MS, Deadline
+from bus.clock import NS_PER_MS, Deadline, now_ns
 from bus.errors import BusError
+from bus.memory.wait import next_look_ns
 from bus.xccl.endpoint import Endpoint, Rank
 from bus.xccl.handle import RecvHandle, SendHandle
 from bus.xccl.p2p import P2p
+
+_FOREVER = 1 << 63
 
 
 @dataclass(eq=False)
@@ -44,6 +47,7 @@ class AsyncP2p:
         self._is_wanted = threading.Event()
         self._is_closed = False
         self._is_scheduled = False
+        self._sleeps_until = _FOREVER
         self._thread = threading.Thread(target=self._watch, name="xccl-aio", daemon=True)
         self._thread.start()
 
@@ -77,6 +81,8 @@ class AsyncP2p:
             raise RuntimeError("aio: the bridge is closed")
         pending = _Pending(handle, deadline, self._loop.create_future())
         self._pending.append(pending)
+        if deadline.at_ns < self._sleeps_until:
+            self._endpoint.doorbell.ring()  # the thread would sleep beyond it
         try:
             self._progress()
             await pending.future
@@ -108,8 +114,9 @@ class AsyncP2p:
             pending.future.set_exception(error)
 
     def _watch(self) -> None:
-        """Sleep until the doorbell rings, tell the loop; also every poll interval, for deaths and deadlines."""
-        bell, timeout_ns = self._endpoint.doorbell, self._endpoint.config.poll_interval_ms * NS_PER_MS
+        """Sleep until the doorbell rings, also for deaths, or a deadline has come, and tell the loop."""
+        bell, poll_ns = self._endpoint.doorbell, self._endpoint.config.poll_interval_ms * NS_PER_MS
+        interval_ns = poll_ns
         while True:
             self._is_wanted.wait()
             if self._is_closed:
@@ -121,4 +128,13 @@ class AsyncP2p:
                     self._loop.call_soon_threadsafe(self._progress)
                 except RuntimeError:  # the loop is closed: nobody awaits any more
                     return
-            bell.wait(seen, 0, timeout_ns)
+            is_rung = bell.wait(seen, 0, self._sleep_ns(interval_ns)) != seen
+            interval_ns = poll_ns if is_rung else next_look_ns(interval_ns, poll_ns)
+
+    def _sleep_ns(self, interval_ns: int) -> int:
+        """Return how long the thread may sleep; at least a little, for the loop may be late to end what is over."""
+        now = now_ns()
+        self._sleeps_until = _FOREVER  # first, so that whoever comes while we look rings
+        until = min([now + interval_ns, *(pending.deadline.at_ns for pending in tuple(self._pending))])
+        self._sleeps_until = until
+        return max(NS_PER_MS, until - now)

@@ -174,6 +174,8 @@ class Endpoint:
             self._addresses[rank] = Address(incarnation, segment)
             for watcher in tuple(self._watchers):
                 watcher(rank)
+            if known is not None:
+                self.segment.sound_alarm()  # whoever waits for the incarnation before waits in vain
 
     def watch(self, watcher: Callable[[Rank], None]) -> None:
         """Call `watcher(rank)` whenever `learn` brings a newer incarnation, in the thread of `learn`."""
@@ -262,7 +264,8 @@ class Endpoint:
     ) -> T | None:
         """Wait on the own doorbell until `probe` returns something; None when the deadline passed first.
 
-        Every `config.poll_interval_ms` the owner locks of `peers` are looked at. What a peer published
+        The owner locks of `peers` are looked at when the kernel tells of a death (bus/memory/deaths.py), and, should it
+        fail to, after `config.poll_interval_ms`, then after twice that, and so on. What a peer published
         before it died is still found: its death is reported only when a last `probe` gives nothing.
 
         Raises:
@@ -295,6 +298,7 @@ class Endpoint:
             deadline,
             check=check,
             check_interval_ns=self.config.poll_interval_ms * NS_PER_MS,
+            num_alarms=self.segment.num_alarms,
         )
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from bus.clock import NS_PER_MS, Deadline, now_ns
 from bus.errors import PeerDied, PeerStalled, XcclError
 from bus.memory.segment import Segment
+from bus.memory.wait import next_look_ns
 from bus.xccl.channel import NOW, Receiver, Sender
 from bus.xccl.endpoint import Endpoint, Rank
 
@@ -33,19 +34,23 @@ class Handle(Protocol):
         """Give it up; tell whether that was in time."""
 
 
-class _DeathWatch:
-    """Looks at the peer's owner lock about every poll interval, however often `test` is called."""
+class _LockWatch:
+    """Looks at the peer's owner lock when a death is told, and now and then, however often `test` is called."""
 
     def __init__(self, endpoint: Endpoint, peer: Rank, event_id: int) -> None:
         self._endpoint, self._peer, self._event_id = endpoint, peer, event_id
-        self._interval_ns = endpoint.config.poll_interval_ms * NS_PER_MS
+        self._poll_ns = self._interval_ns = endpoint.config.poll_interval_ms * NS_PER_MS
         self._at_ns = now_ns() + self._interval_ns
+        self._alarms_seen = endpoint.segment.num_alarms() - 1  # the first time nobody has looked yet
 
     def look(self, segment: Segment | None) -> PeerDied | None:
         """Return the error if the incarnation of `segment`, or of the newest address, has ended."""
-        if now_ns() < self._at_ns:
+        now, num_alarms = now_ns(), self._endpoint.segment.num_alarms()
+        if now < self._at_ns and num_alarms == self._alarms_seen:
             return None
-        self._at_ns = now_ns() + self._interval_ns
+        if now >= self._at_ns:
+            self._interval_ns = next_look_ns(self._interval_ns, self._poll_ns)
+        self._at_ns, self._alarms_seen = now + self._interval_ns, num_alarms
         try:
             segment = segment or self._endpoint.peer(self._peer, self._event_id)
             self._endpoint.check_alive(self._peer, segment, self._event_id)
@@ -63,7 +68,7 @@ class SendHandle:
         self._endpoint, self._channel = endpoint, channel
         self.peer, self.event_id = peer, event_id
         self._array: npt.NDArray[Any] | None = array
-        self._watch = _DeathWatch(endpoint, peer, event_id)
+        self._watch = _LockWatch(endpoint, peer, event_id)
         self._is_started = False
         self._segment: Segment | None = None  # of the incarnation that it goes to, once it is started
         self._tail: int | None = None  # where the message ends, once it is wholly pushed
@@ -160,7 +165,7 @@ class RecvHandle:
         self._endpoint, self._channel = endpoint, channel
         self.peer, self.event_id = peer, event_id
         self._out = out
-        self._watch = _DeathWatch(endpoint, peer, event_id)
+        self._watch = _LockWatch(endpoint, peer, event_id)
         self._is_cancelled = False
         self.array: npt.NDArray[Any] | None = None
         channel.queue.append(self)

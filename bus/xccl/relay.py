@@ -215,6 +215,7 @@ class RoutedExpert:
         self._version = -1
         self._unsolved = False  # a cell is there whose writer's address has not been learned yet
         self._check_at_ns = 0
+        self._alarms_seen = 0
         self._found_dead: set[tuple[int, int, int]] = (
             set()
         )  # owners (seat, microbatch, rank) that get a last look
@@ -430,16 +431,22 @@ class RoutedExpert:
     # ------------------------------------------------------------------ owners of guests' pairs
 
     def _check_owners(self) -> None:
-        now = now_ns()
-        if now < self._check_at_ns:
+        now, num_alarms = now_ns(), self._segment.num_alarms()
+        is_alarmed, self._alarms_seen = num_alarms != self._alarms_seen, num_alarms
+        if now < self._check_at_ns and not is_alarmed:
             return
-        due, self._check_at_ns = self._check_at_ns > 0, now + self._poll_ns
-        for seat, microbatch, owner, incarnation in self._native.awaited() if due else ():
+        due, self._check_at_ns = is_alarmed or self._check_at_ns > 0, now + self._poll_ns
+        if not due:
+            return
+        awaited = self._native.awaited()
+        self._found_dead &= {(seat, microbatch, owner) for seat, microbatch, owner, _ in awaited}
+        for seat, microbatch, owner, incarnation in awaited:
             rank = Rank("expert", owner)
             if owner != self._rank and (
                 self._table.incarnation(rank) != incarnation or not self._table.alive(rank)
             ):
                 self._give_up(seat, microbatch, owner)
+                self._check_at_ns = now  # the last look comes with the next poll
 
     def _give_up(self, seat: int, microbatch: int, owner: int) -> None:
         """Tell the guest that an owner is dead, unless its answer shows at one more look after its lock was free."""
@@ -457,10 +464,10 @@ class RoutedExpert:
         """Wait until someone rings after the last `poll` began; False after `timeout_ns`. Releases the GIL.
 
         Polls for as long as such waits take, at most 4 ms, while that pays, then sleeps. While guests wait for owners,
-        or a message for its sender's address, it ends after the poll interval at the latest.
+        or a message for its sender's address, it ends after the poll interval at the latest, and when a death is told.
         """
         if self._unsolved or self._native.num_relays:
-            timeout_ns = min(timeout_ns, self._poll_ns)
+            timeout_ns = min(timeout_ns, 0 if self._found_dead else self._poll_ns)
         return self._native.wait(timeout_ns)
 
     def stats(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from bus.config import XcclConfig
 from bus.errors import PeerDied, PeerStalled, SegmentCorrupt, Truncated
 from bus.memory import _relay
 from bus.memory.segment import Segment
+from bus.memory.wait import next_look_ns
 from bus.xccl.cost import CostRule, Route
 from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
@@ -187,11 +188,12 @@ class RoutedAttention:
     def _receive(
         self, handle: RoutedHandle, weights: Float32Array | None, out: Float32Array, deadline: Deadline
     ) -> None:
+        patience = self._poll_ns
         while True:
-            left = deadline.at_ns - now_ns()
-            patience = self._poll_ns if left > self._poll_ns else max(0, left)
-            if self._take(handle, weights, out, patience):
+            left = max(0, deadline.at_ns - now_ns())
+            if self._take(handle, weights, out, min(patience, left)):
                 return
+            patience = next_look_ns(patience, self._poll_ns)
             if (dead := self._dead(handle)) is not None and self._take(handle, weights, out, 0):
                 return  # it had answered before it died
             self._check_peers(handle, dead, deadline)

@@ -32,7 +32,7 @@ def endpoint_of(me: Rank, pod: str, incarnation: int, strategy: WaitStrategy | N
         world=WORLD,
         me=me,
         incarnation=incarnation,
-        config=XcclConfig(num_lanes=2),
+        config=XcclConfig(num_lanes=2, poll_interval_ms=120_000),  # deaths are told by the kernel
         p2p_peers=[peer for peer in WORLD.ranks if peer != me],
         p2p_ring=RING,
         app_bytes=1 << 16,

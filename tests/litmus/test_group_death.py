@@ -58,7 +58,9 @@ class Group:
         self.children = [self._start(rank, 1, **how) for rank in range(NUM_RANKS)]
         assert [child.line() for child in self.children] == ["ready"] * NUM_RANKS
 
-    def _start(self, rank: int, incarnation: int, poll_ms: int = 20, spin_us: int = 0, **how: Any) -> Any:
+    def _start(
+        self, rank: int, incarnation: int, poll_ms: int = 120_000, spin_us: int = 0, **how: Any
+    ) -> Any:
         args = (self._kind, self._pod, rank, incarnation, poll_ms, spin_us)
         return self._spawn(*args, script="group_child.py", **how)
 
@@ -99,8 +101,7 @@ class Group:
 @pytest.mark.parametrize("spin_us", [0, XcclConfig().spin_us], ids=["sleeps", "polls"])
 @pytest.mark.parametrize("kind", ["dispatch", "dispatch_int8", "alltoall"])
 def test_three_processes_exchange_what_they_should(spawn: Spawn, pod: str, kind: str, spin_us: int) -> None:
-    # Nobody looks up by himself within the deadlines of an exchange: a lost wake-up would end it.
-    group = Group(spawn, pod, kind, poll_ms=120_000, spin_us=spin_us)
+    group = Group(spawn, pod, kind, spin_us=spin_us)
     group.run(1, 1000)
     group.finish()
 

@@ -67,8 +67,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def members(spawn: Spawn, pod: str, faulty_build: Path, kind: str) -> Pod:
-    """All ranks, warm: they have exchanged both ways."""
-    children = {rank: start(spawn, pod, rank, 1, kind, build=faulty_build) for rank in RANKS}
+    """All ranks, warm: they have exchanged both ways. They learn of deaths by the kernel alone."""
+    children = {rank: start(spawn, pod, rank, 1, "trusts", kind, build=faulty_build) for rank in RANKS}
     assert [child.line() for child in children.values()] == ["ready"] * len(RANKS)
     for route, first in ((DIRECT, 1), (TRAMPOLINE, 2)):
         children["attention", 0].say(f"run {route} {first} {first}")
@@ -83,7 +83,7 @@ def assert_died_at(child: Any, point: str) -> None:
 
 def go_on(spawn: Spawn, pod: str, members: Pod, victim: tuple[str, int], kind: str) -> None:
     """Replace the dead one; both ways work, and everybody ends well."""
-    members[victim] = start(spawn, pod, victim, 2, kind)
+    members[victim] = start(spawn, pod, victim, 2, "trusts", kind)
     assert members[victim].line() == "ready"
     for rank, child in members.items():
         if rank != victim:
