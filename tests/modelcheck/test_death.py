@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.modelcheck.bells import PATIENT_RING, PATIENT_WAIT, QUIET_RING, QUIET_WAIT, look
 from tests.modelcheck.checker import Model, check
 from tests.modelcheck.program import mutate, parse
 
@@ -212,53 +213,32 @@ def test_a_sender_learns_what_became_of_its_message() -> None:
 
 # ---------------------------------------------------------------- a collective's waiter lacks a dead rank
 
-PATIENT_SURVIVOR = """
-again:
-    seen = load acquire bell
-    a = load acquire word[0]
-    b = load acquire word[1]
-    missing := (a == 0) + (b == 0)
-    if missing == 0 goto whole
-    store seq_cst wake_at = seen + missing
-    store seq_cst patient = 1
-    m = add seq_cst asleep 1
-    now = load seq_cst bell
-    if now != seen goto awake
-    sleep bell == seen or timeout
-awake:
-    m = add seq_cst asleep -1
-    store seq_cst patient = 0
-    l = load relaxed lock
+LOOK = look(0, 1)
+# Behind each sleep the lock, and then what the dead rank may have published before.
+ASKS_FOR_THE_LOCK = """
+    l = load {order} lock
     if l == 1 goto again
-    b = load acquire word[1]        # the dead rank's cell, once more
-    if b == 1 goto again
+    x1 = load acquire word[1]       # the dead rank's cell, once more
+    if x1 == 1 goto again
     store relaxed outcome = 2
     end
-whole:
+out:
     store relaxed outcome = 1
 """
-PATIENT_RINGER = """
-    store release word[{i}] = 1
-    n = add seq_cst bell 1
-    s = load seq_cst asleep
-    if s == 0 goto out
-    p = load seq_cst patient
-    if p == 0 goto call
-    w = load seq_cst wake_at
-    if n < w goto out
-call:
-    wake bell
-out:
-"""
+PATIENT_SURVIVOR = mutate(
+    mutate(PATIENT_WAIT, "    goto again\nout:\n", ASKS_FOR_THE_LOCK.format(order="relaxed")),
+    "sleep seq == seen",
+    "sleep seq == seen or timeout",
+).replace("{look}", LOOK)
 
 
 def lacks_a_rank(survivor: str) -> Model:
     programs = (
         parse("survivor", survivor),
-        parse("living", PATIENT_RINGER.format(i=0)),
-        parse("mortal", PATIENT_RINGER.format(i=1)),
+        parse("living", PATIENT_RING.format(i=0)),
+        parse("mortal", PATIENT_RING.format(i=1)),
     )
-    words = ("bell", "asleep", "patient", "wake_at", "outcome", "word[0]", "word[1]")
+    words = ("seq", "sleepers", "patient", "wake_at", "outcome", "word[0]", "word[1]")
     memory = {**dict.fromkeys(words, 0), "lock": 1}
     final = "outcome == 1 + (word[1] == 0)"
     return Model(programs, memory, kills={"mortal": {"lock": 0}}, final=final, progress=True)
@@ -272,69 +252,28 @@ def test_a_rank_that_dies_before_it_rings_is_noticed() -> None:
     """
     assert check(lacks_a_rank(PATIENT_SURVIVOR)).violation is None
     assert check(lacks_a_rank(mutate(PATIENT_SURVIVOR, " or timeout", ""))).violation is not None
-    blind = mutate(PATIENT_SURVIVOR, "    if b == 1 goto again\n", "")
+    blind = mutate(PATIENT_SURVIVOR, "    if x1 == 1 goto again\n", "")
     assert check(lacks_a_rank(blind)).violation is not None
 
 
 # ---------------------------------------------------------------- the same where only sleepers are rung for
 
-LOOK = """
-    a = load acquire word[0]
-    b = load acquire word[1]
-    missing := (a == 0) + (b == 0)
-"""
-QUIET_SURVIVOR = """
-again:
-    {look}
-    if missing == 0 goto whole
-    m = add seq_cst asleep 1        # SYNC: bell-quiet
-    fence seq_cst                   # SYNC: bell-quiet
-    seen = load acquire bell        # SYNC: word
-    {look}
-    if missing == 0 goto awake
-    store seq_cst wake_at = seen + missing
-    store seq_cst patient = 1
-    now = load seq_cst bell
-    if now >= seen + missing goto over
-    sleep bell == now or timeout
-over:
-    store seq_cst patient = 0
-awake:
-    m = add seq_cst asleep -1
-    l = load acquire lock           # a system call
-    if l == 1 goto again
-    b = load acquire word[1]        # the dead rank's cell, once more
-    if b == 1 goto again
-    store relaxed outcome = 2
-    end
-whole:
-    store relaxed outcome = 1
-""".replace("{look}", LOOK)
-QUIET_RINGER = """
-    store release word[{i}] = 1
-    fence seq_cst                   # SYNC: bell-quiet
-    s = load relaxed asleep         # SYNC: bell-quiet
-    if s == 0 goto out
-    n = add seq_cst bell 1
-    p = load seq_cst patient
-    if p == 0 goto call
-    w = load seq_cst wake_at
-    if n < w goto out
-call:
-    wake bell
-out:
-"""
+QUIET_SURVIVOR = mutate(
+    mutate(QUIET_WAIT, "    goto again\nout:\n", ASKS_FOR_THE_LOCK.format(order="acquire")),  # a system call
+    "    sleep seq == now\n    goto check\n",
+    "    sleep seq == now or timeout\n",
+).replace("{look}", LOOK)
 
 
 def lacks_a_quiet_rank(survivor: str, window: int = 1, *, mortal: bool = True) -> Model:
     programs = (
         parse("survivor", survivor),
-        parse("living", QUIET_RINGER.format(i=0)),
-        parse("mortal", QUIET_RINGER.format(i=1)),
+        parse("living", QUIET_RING.format(i=0)),
+        parse("mortal", QUIET_RING.format(i=1)),
     )
-    words = ("bell", "asleep", "patient", "wake_at", "outcome", "word[0]", "word[1]")
+    words = ("seq", "sleepers", "patient", "wake_at", "outcome", "word[0]", "word[1]")
     memory = {**dict.fromkeys(words, 0), "lock": 1}
-    final = "outcome == 1 + (word[1] == 0) and asleep == 0 and patient == 0"
+    final = "outcome == 1 + (word[1] == 0) and sleepers == 0 and patient == 0"
     kills = {"mortal": {"lock": 0}} if mortal else {}
     return Model(programs, memory, window, kills=kills, final=final, progress=window == 1)
 
@@ -354,12 +293,12 @@ def test_while_both_live_no_ring_of_theirs_is_missed() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        ("    if b == 1 goto again\n", "", "at the end"),
-        ("l = load acquire lock ", "l := 1 ", "no end"),
+        ("    if x1 == 1 goto again\n", "", "at the end"),
+        ("l = load acquire lock", "l := 1", "no end"),
         ("    store seq_cst patient = 0\n", "", "at the end"),
         (
-            "awake:\n    m = add seq_cst asleep -1",
-            "    m = add seq_cst asleep -1\nawake:",
+            "awake:\n    m = add seq_cst sleepers -1",
+            "    m = add seq_cst sleepers -1\nawake:",
             "at the end",
         ),
     ],
@@ -378,6 +317,6 @@ def test_a_death_is_noticed_out_of_order_too(window: int) -> None:
 
 def test_the_last_look_comes_behind_the_lock() -> None:
     """Which a system call sees to; in program order it would not matter."""
-    hasty = mutate(QUIET_SURVIVOR, "l = load acquire lock ", "l = load relaxed lock ")
+    hasty = mutate(QUIET_SURVIVOR, "l = load acquire lock", "l = load relaxed lock")
     assert check(lacks_a_quiet_rank(hasty, 3)).violation is not None
     assert check(lacks_a_quiet_rank(hasty)).violation is None

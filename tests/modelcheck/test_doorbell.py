@@ -1,11 +1,6 @@
 """Doorbells: no ring is lost. Without time-outs, so that a lost one is a sleeper that nobody ever wakes.
 
-`WAIT` is `await_change` of bus/memory/_native.c inside any loop that reads `seq`, then looks for work; `RING`
-is `ring_bell` of _native.h. `PATIENT_WAIT` and `PATIENT_RING` are those of A2E/E2A (_relay*.c), where a waiter says
-from which `seq` on it wants to be woken. `QUIET_WAIT` and `QUIET_RING` are `group_await` and `group_ring` of
-_collectives_group.c: only sleepers are rung for, so a waiter looks once more behind its mark. `QUIET_WAIT_FOR_ALL`
-is that of an attention rank (_relay_attention_recv.c), which does not sleep if that look finds anything. Each ringer i
-has published word[i] before it rings.
+The programs, and whose they are, stand in `bells.py`.
 """
 
 from __future__ import annotations
@@ -14,72 +9,20 @@ from dataclasses import replace
 
 import pytest
 
+from tests.modelcheck.bells import (
+    PATIENT_RING,
+    PATIENT_WAIT,
+    QUIET_RING,
+    QUIET_WAIT,
+    QUIET_WAIT_FOR_ALL,
+    RING,
+    WAIT,
+    look,
+)
 from tests.modelcheck.checker import Model, check
 from tests.modelcheck.program import mutate, parse
 
 WEAK = 4
-
-RING = """
-    store release word[{i}] = 1
-    n = add seq_cst seq 1           # SYNC: doorbell, SYNC: word
-    s = load seq_cst sleepers       # SYNC: doorbell
-    if s == 0 goto out
-    wake seq
-out:
-"""
-WAIT = """
-again:
-    seen = load acquire seq         # SYNC: word
-    {look}
-    if missing == 0 goto out
-    m = add seq_cst sleepers 1      # SYNC: doorbell
-check:
-    now = load seq_cst seq          # SYNC: doorbell
-    if now != seen goto awake
-    sleep seq == seen
-    goto check
-awake:
-    m = add seq_cst sleepers -1
-    goto again
-out:
-"""
-PATIENT_RING = """
-    store release word[{i}] = 1
-    n = add seq_cst seq 1           # SYNC: doorbell, SYNC: word
-    s = load seq_cst sleepers       # SYNC: doorbell
-    if s == 0 goto out
-    p = load seq_cst patient
-    if p == 0 goto call
-    w = load seq_cst wake_at
-    if n < w goto out
-call:
-    wake seq
-out:
-"""
-PATIENT_WAIT = """
-again:
-    seen = load acquire seq         # SYNC: word
-    {look}
-    if missing == 0 goto out
-    store seq_cst wake_at = seen + missing
-    store seq_cst patient = 1
-    m = add seq_cst sleepers 1      # SYNC: doorbell
-    now = load seq_cst seq          # SYNC: doorbell
-    if now != seen goto awake
-    sleep seq == seen
-awake:
-    m = add seq_cst sleepers -1
-    store seq_cst patient = 0
-    goto again
-out:
-"""
-
-
-def look(*words: int) -> str:
-    """Look at these words; `missing` = how many have not come."""
-    loads = [f"x{i} = load acquire word[{i}]" for i in words]
-    return "\n".join([*loads, "missing := " + " + ".join(f"(x{i} == 0)" for i in words)])
-
 
 TIDY = "sleepers == 0 and patient == 0"
 
@@ -270,52 +213,6 @@ def test_patience_needs_the_cells_behind_seq() -> None:
 
 # ---------------------------------------------------------------- rings for sleepers only
 
-QUIET_RING = """
-    store release word[{i}] = 1
-    fence seq_cst                   # SYNC: bell-quiet
-    s = load relaxed sleepers       # SYNC: bell-quiet
-    if s == 0 goto out
-    n = add seq_cst seq 1           # SYNC: doorbell, SYNC: word
-    p = load seq_cst patient
-    if p == 0 goto call
-    w = load seq_cst wake_at
-    if n < w goto out
-call:
-    wake seq
-out:
-"""
-QUIET_WAIT = """
-again:
-    {look}
-    if missing == 0 goto out
-    m = add seq_cst sleepers 1      # SYNC: bell-quiet
-    fence seq_cst                   # SYNC: bell-quiet
-    seen = load acquire seq         # SYNC: word
-    {look}
-    if missing == 0 goto awake
-    store seq_cst wake_at = seen + missing
-    store seq_cst patient = 1
-check:
-    now = load seq_cst seq          # SYNC: doorbell
-    if now >= seen + missing goto over
-    sleep seq == now
-    goto check
-over:
-    store seq_cst patient = 0
-awake:
-    m = add seq_cst sleepers -1
-    goto again
-out:
-"""
-QUIET_WAIT_FOR_ALL = mutate(
-    mutate(
-        QUIET_WAIT,
-        "    m = add seq_cst sleepers 1 ",
-        "    before := missing\n    m = add seq_cst sleepers 1 ",
-    ),
-    "if missing == 0 goto awake",
-    "if missing != before goto awake",
-)
 QUIET_WAITS = [QUIET_WAIT, QUIET_WAIT_FOR_ALL]
 
 
