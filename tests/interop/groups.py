@@ -1,4 +1,5 @@
-"""Groups of which some ranks are the library's, in threads of the test, and the others processes of the second one."""
+"""Groups of which some ranks are the library's and others the second one's: in threads of the test and processes of
+their own, or, for two, all in one thread."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from bus.memory.segment import Segment, segment_name
 from bus.xccl.endpoint import Rank
 from bus.xccl.group import AddressTable
 from tests.harness.group_world import Closable, GroupShape
+from tests.interop import second
 from tests.interop.conftest import Peer
 
 OUR_INCARNATION, THEIR_INCARNATION = 5, 9
@@ -93,6 +95,38 @@ class MixedGroup(Generic[Side]):
         self._pool.shutdown()
         for close in self._closing:
             close()
+
+
+class FacingEnds(Generic[Side]):
+    """A rank of each kind in this process: rank 0 is ours, rank 1 theirs. Whoever derives from it opens both.
+
+    `segment` and `our_segment` are rank 0's, as the library and as the second implementation see it.
+    """
+
+    ours: Side
+
+    def __init__(self, pod: str, shape: GroupShape, their_areas: second.Areas) -> None:
+        incarnations = OUR_INCARNATION, THEIR_INCARNATION
+        names = [segment_name(pod, "expert", rank, number) for rank, number in enumerate(incarnations)]
+        self.segment = Segment.create(
+            names[0], shape.layout(), service="expert", index=0, incarnation=OUR_INCARNATION
+        )
+        self.their_segment = second.Segment.create(
+            names[1], their_areas, service="expert", index=1, incarnation=THEIR_INCARNATION, num_lanes=1
+        )
+        self.table = AddressTable()
+        for rank, (name, number) in enumerate(zip(names, incarnations, strict=True)):
+            self.table.learn(Rank("expert", rank), number, name)
+        self.our_segment = second.Segment.attach(names[0])
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.ours.close()
+        self.table.close()
+        for segment in (self.our_segment, self.their_segment):
+            segment.close()
+        self.segment.unlink()
+        self.segment.close()
 
 
 @contextmanager

@@ -14,14 +14,13 @@ import pytest
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.errors import EventMismatch, PeerDied, PeerStalled, SegmentCorrupt, XcclError
-from bus.memory.segment import Segment, segment_name
+from bus.memory.segment import Segment
 from bus.xccl.alltoall import AllToAll, AllToAllShape
-from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
 from tests.interop import second, second_alltoall
 from tests.interop.conftest import Peer
-from tests.interop.groups import SECONDS, MixedGroup, closing
+from tests.interop.groups import SECONDS, FacingEnds, MixedGroup, closing
 
 Pieces = list[npt.NDArray[np.uint16]]  # of a rank, for each rank
 Group = MixedGroup[AllToAll]
@@ -174,35 +173,14 @@ HALF = 4096
 END = 2 * HALF + 4096  # of what is shared, from the managed area on
 
 
-class Pair:
-    """A rank of each kind in one process: rank 0 is ours."""
+class Pair(FacingEnds[AllToAll]):
+    """Both ends of a group of two."""
 
     def __init__(self, pod: str) -> None:
         shape = AllToAllShape(num_ranks=2, stage_bytes=HALF - 128, area_bytes=4096)
-        names = [segment_name(pod, "expert", rank, incarnation) for rank, incarnation in ((0, 5), (1, 9))]
-        self.segment = Segment.create(names[0], shape.layout(), service="expert", index=0, incarnation=5)
-        self.their_segment = second.Segment.create(
-            names[1],
-            second_alltoall.areas(2, HALF, 4096),
-            service="expert",
-            index=1,
-            incarnation=9,
-            num_lanes=1,
-        )
-        self.table = AddressTable()
-        for rank, (name, incarnation) in enumerate(zip(names, (5, 9), strict=True)):
-            self.table.learn(Rank("expert", rank), incarnation, name)
+        super().__init__(pod, shape, second_alltoall.areas(2, HALF, 4096))
         self.ours = AllToAll(self.segment, shape, 0, self.table, config=CONFIG)
-        self.our_segment = second.Segment.attach(names[0])
         self.theirs = second_alltoall.AllToAll([self.our_segment, self.their_segment], 1)
-
-    def close(self) -> None:
-        self.ours.close()
-        self.table.close()
-        for segment in (self.our_segment, self.their_segment):
-            segment.close()
-        self.segment.unlink()
-        self.segment.close()
 
 
 @pytest.fixture

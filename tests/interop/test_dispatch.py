@@ -15,17 +15,16 @@ import pytest
 from bus.clock import Deadline
 from bus.config import XcclConfig
 from bus.errors import BusError, EventMismatch, PeerDied, PeerStalled, SegmentCorrupt
-from bus.memory.segment import Segment, segment_name
+from bus.memory.segment import Segment
 from bus.xccl.dispatch import Dispatcher
 from bus.xccl.dispatch_layout import DispatchHandle, DispatchResult, DispatchShape, Int8DispatchResult
-from bus.xccl.endpoint import Rank
 from bus.xccl.event import Event
 from bus.xccl.group import AddressTable
 from bus.xccl.reference import quantise_rows, transport
 from tests.harness.dispatch_world import Routed, expert_product, fill, fill_int8, int8_product
 from tests.interop import second, second_dispatch
 from tests.interop.conftest import Peer
-from tests.interop.groups import SECONDS, MixedGroup, closing
+from tests.interop.groups import SECONDS, FacingEnds, MixedGroup, closing
 
 Float32Array = npt.NDArray[np.float32]
 Group = MixedGroup[Dispatcher]
@@ -300,31 +299,15 @@ BLOCK = second_dispatch.Block.of(THEIR_SHAPE)
 EXPERTS = [[0, 2], [1, 3], [2, 3]]  # two pairs for rank 0, four for rank 1
 
 
-class Pair:
-    """A rank of each kind in one process: rank 0 is ours."""
+class Pair(FacingEnds[Dispatcher]):
+    """Both ends of a group of two, and what ours sends."""
 
     def __init__(self, pod: str) -> None:
-        names = [segment_name(pod, "expert", rank, incarnation) for rank, incarnation in ((0, 5), (1, 9))]
-        self.segment = Segment.create(names[0], SHAPE.layout(), service="expert", index=0, incarnation=5)
-        self.their_segment = second.Segment.create(
-            names[1], THEIR_SHAPE.areas(), service="expert", index=1, incarnation=9, num_lanes=1
-        )
-        self.table = AddressTable()
-        for rank, (name, incarnation) in enumerate(zip(names, (5, 9), strict=True)):
-            self.table.learn(Rank("expert", rank), incarnation, name)
+        super().__init__(pod, SHAPE, THEIR_SHAPE.areas())
         self.ours = Dispatcher(self.segment, SHAPE, 0, self.table, config=CONFIG)
-        self.our_segment = second.Segment.attach(names[0])
         self.theirs = second_dispatch.Exchange([self.our_segment, self.their_segment], THEIR_SHAPE, 1)
         self.x, self.experts = np.ones((3, 4), np.float32), np.array(EXPERTS, np.int32)
         self.rows = [array("f", row) for row in self.x]
-
-    def close(self) -> None:
-        self.ours.close()
-        self.table.close()
-        for segment in (self.our_segment, self.their_segment):
-            segment.close()
-        self.segment.unlink()
-        self.segment.close()
 
     def spoil(self, segment: second.Segment, part: str, index: int, value: int) -> None:
         """Change a word of a block, or of the other's cell in `segment`: the first of an event is on lane 0."""
