@@ -40,6 +40,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 WINDOW_TOKENS = 200
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "tiny", "prompt": "ab", "max_tokens": 50}
 
 
 def byte_tokenizer(*special: str) -> text.JsonTokenizer:

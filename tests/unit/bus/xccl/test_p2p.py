@@ -315,13 +315,18 @@ def test_a_grant_outside_the_managed_area_is_corrupt(
         pair.sender.send(np.zeros(1), B, 1, soon())
 
 
+def acknowledge(pair: Pair, position: int) -> None:
+    """Write, in B's name, that it has taken all up to `position`."""
+    cell = pair.a.cell_from(B, P2P_ACK_LANE)
+    _native.write_cell(pair.a.segment.buf, cell, stamp(1, 99), 1, position, position)
+    pair.a.segment.ring_doorbell()
+
+
 def test_an_ack_beyond_the_tail_is_corrupt(pair: Pair) -> None:
     pair.receiver.accept(A)
     sent = pair.start(np.zeros(1), 1)
     pair.arrived()
-    cell = pair.a.cell_from(B, P2P_ACK_LANE)
-    _native.write_cell(pair.a.segment.buf, cell, stamp(1, 99), 1, 50, 50)
-    pair.a.segment.ring_doorbell()
+    acknowledge(pair, 50)
     with pytest.raises(SegmentCorrupt, match="beyond tail"):
         sent.result(20)
 
@@ -332,9 +337,7 @@ def test_an_ack_that_goes_back_is_corrupt(pair: Pair) -> None:
     sent.result(20)
     sent = pair.start(np.zeros(1), 2)
     pair.arrived()
-    cell = pair.a.cell_from(B, P2P_ACK_LANE)
-    _native.write_cell(pair.a.segment.buf, cell, stamp(1, 99), 1, 0, 0)
-    pair.a.segment.ring_doorbell()
+    acknowledge(pair, 0)
     with pytest.raises(SegmentCorrupt, match="head 0 after 1 does not fit tail 2 and 4 slots"):
         sent.result(20)
 
