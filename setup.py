@@ -6,7 +6,7 @@ from setuptools import Extension, setup
 
 COMPILE_ARGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 ENDS = ("", "_attention", "_attention_send", "_attention_recv", "_expert", "_forward", "_wait", "_spread")
-SHARED = ["bus/memory/_native.h", "bus/memory/_fault.h"]
+SHARED = ["bus/memory/_native.h", "bus/memory/_burst.h", "bus/memory/_fault.h"]
 
 setup(
     ext_modules=[

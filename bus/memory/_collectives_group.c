@@ -1,12 +1,10 @@
 /* Cells, doorbells and waiting of a group. The order of every word stands in bus/README.md, "Memory order". */
 #include "_collectives_group.h"
 
-#define SCORE_MAX 256
-#define SCORE_LOW (SCORE_MAX / 8)
-#define PROBE_MIN 32
 #define PROBE_MAX 4096
 #define SPIN_ROUNDS 8 /* half of what it takes to switch to another process and back */
 #define YIELD_NS_MAX 4000000LL /* waits that take longer gain little from being polled for */
+#define POLL_GAIN_NS 60000LL   /* what a wait that yields end wins against sleeping */
 
 int
 group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num_lanes, Py_ssize_t shared_bytes,
@@ -29,7 +27,7 @@ group_init(group_t *group, Py_ssize_t rank, Py_ssize_t num_ranks, Py_ssize_t num
     group->shared_bytes = shared_bytes;
     group->yield_ns = yield_ns;
     group->poll_ns = group->look_ns = poll_ns;
-    group->relax = group->yield = (habit_t){SCORE_MAX, PROBE_MIN, 0};
+    group->relax = group->yield = UNTRIED;
     return 0;
 }
 
@@ -238,26 +236,6 @@ is_over(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
     return 1;
 }
 
-static int
-is_worth_it(habit_t *habit, uint64_t wait)
-{
-    return habit->score >= SCORE_LOW || wait >= habit->probe_at;
-}
-
-static void
-learn(habit_t *habit, uint64_t wait, int won)
-{
-    int was_low = habit->score < SCORE_LOW;
-    habit->score += (won ? SCORE_MAX / 8 : 0) - habit->score / 8;
-    if (habit->score >= SCORE_LOW) {
-        habit->interval = PROBE_MIN;
-    }
-    else if (was_low && habit->interval < PROBE_MAX) {
-        habit->interval *= 2;
-    }
-    habit->probe_at = wait + habit->interval;
-}
-
 /* Whether an awaited rank, at or behind `rank`, last waited on this core: then it cannot come while we poll here. */
 static int
 holds_up(const group_t *group, const wanted_t *wanted, Py_ssize_t rank)
@@ -299,37 +277,56 @@ spin_for_others(const group_t *group, const wanted_t *wanted, Py_ssize_t *rank)
     return 0;
 }
 
-/* How long to poll: several times as long as this wait takes in general, if that is short enough. A core whose ranks all
- * sleep takes tens of microseconds to come back. */
-static int64_t
-burst_ns(const group_t *group, Py_ssize_t lane)
+/* What yields of all groups of this process have cost. */
+static yield_account_t yields = NO_DEBT;
+
+/* Ranks of the group that do not sleep. */
+static long
+num_awake(const group_t *group)
 {
-    int64_t typical = group->typical_ns[lane], burst = 4 * typical < YIELD_NS_MAX ? 4 * typical : YIELD_NS_MAX;
-    return typical > YIELD_NS_MAX / 2 || burst < group->yield_ns ? group->yield_ns : burst;
+    long num = 0;
+    for (Py_ssize_t r = 0; r < group->num_ranks; r++) {
+        num += __atomic_load_n(&bell_of(group, r)[BELL_SLEEPERS], __ATOMIC_RELAXED) == 0;
+    }
+    return num;
 }
 
-/* Note how long a wait took; a long one says little more than that it was long. */
-static void
-learn_duration(group_t *group, Py_ssize_t lane, int64_t duration)
-{
-    int64_t *typical = &group->typical_ns[lane];
-    *typical += ((duration < 2 * YIELD_NS_MAX ? duration : 2 * YIELD_NS_MAX) - *typical) / 8;
-}
-
-/* Poll and give the core away in between. A yield that was answered too late counts as lost: others want the core. */
+/* Poll and give the core away in between; whether that ended the wait. *won = 0: it ended, or might have ended, the wait
+ * too late, since others want the core. */
 static int
-poll_yielding(group_t *group, const wanted_t *wanted, Py_ssize_t *rank, int64_t until)
+poll_yielding(group_t *group, const wanted_t *wanted, Py_ssize_t *rank, int64_t until, int *won)
 {
-    int64_t begin = now_ns(), now = begin, burst = burst_ns(group, wanted->lane);
+    int64_t begin = now_ns(), now = begin;
+    int64_t burst = burst_of(group->typical_ns[wanted->lane], group->yield_ns, YIELD_NS_MAX);
+    *won = 0;
     group_spread(group, begin);
     while (now - begin <= burst && now < until) {
+        int64_t last = now;
         if (is_over(group, wanted, rank) || spin_for_others(group, wanted, rank)) {
+            *won = 1;
             return 1;
         }
         sched_yield();
         now = now_ns();
+        /* The group's own ranks may have computed as long. */
+        if (now - last >= LATE_NS && has_too_many_runnable(num_awake(group))) {
+            account_late_yield(&yields, now, now - last);
+            return is_over(group, wanted, rank);
+        }
     }
     return 0;
+}
+
+/* Whether yields are left out of this wait, beside threads that compute. */
+static int
+is_crowded(group_t *group)
+{
+    int is_crowded = account_get(&yields.until) != 0 && account_is_crowded(&yields, now_ns());
+    if (group->was_crowded && !is_crowded) {
+        group->relax = group->yield = UNTRIED; /* what was learned meanwhile is about sleepers */
+    }
+    group->was_crowded = is_crowded;
+    return is_crowded;
 }
 
 /* Poll by the ways that have paid so far; whether that ended the wait. */
@@ -338,21 +335,26 @@ poll_cells(group_t *group, const wanted_t *wanted, int64_t until)
 {
     Py_ssize_t rank = 0;
     group->waits++;
-    if (group->yield_ns > 0 && is_worth_it(&group->relax, group->waits) && !holds_up(group, wanted, 0)) {
+    if (group->yield_ns == 0) {
+        return 0;
+    }
+    int may_yield = !is_crowded(group);
+    if (habit_pays(&group->relax, group->waits) && !holds_up(group, wanted, 0)) {
         int won = poll_relaxing(group, wanted, &rank);
-        learn(&group->relax, group->waits, won);
+        habit_learn(&group->relax, group->waits, won, PROBE_MAX);
         group->relax_wins += (uint64_t)won;
         if (won) {
             return 1;
         }
     }
-    if (group->yield_ns > 0 && is_worth_it(&group->yield, group->waits)) {
-        int won = poll_yielding(group, wanted, &rank, until);
-        learn(&group->yield, group->waits, won);
+    if (may_yield && habit_pays(&group->yield, group->waits)) {
+        int won, is_over = poll_yielding(group, wanted, &rank, until, &won);
+        habit_learn(&group->yield, group->waits, won, PROBE_MAX);
         group->yield_wins += (uint64_t)won;
         if (won) {
-            return 1;
+            account_won_poll(&yields, POLL_GAIN_NS);
         }
+        return is_over;
     }
     return 0;
 }
@@ -432,7 +434,7 @@ group_await(group_t *group, Py_ssize_t lane, int num_lanes, uint64_t event_id, u
         int64_t now = now_ns();
         if (awaited <= 0 || now >= until || is_signalled || looks) {
             if (awaited <= 0 || now - begin > group->typical_ns[lane]) {
-                learn_duration(group, lane, now - begin);
+                duration_learn(&group->typical_ns[lane], now - begin, 2 * YIELD_NS_MAX);
             }
             note_looks(group, awaited > 0, now >= look_at);
             return awaited; /* after a signal Python runs its handlers and calls again */

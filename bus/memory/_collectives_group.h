@@ -2,6 +2,7 @@
 #ifndef XDS_COLLECTIVES_GROUP_H
 #define XDS_COLLECTIVES_GROUP_H
 
+#include "_burst.h"
 #include "_collectives.h"
 
 #define COUNTER_BITS 40
@@ -25,13 +26,6 @@ typedef struct {
     int is_told; /* a cell was written there since the last ring */
 } peer_t;
 
-/* What a waiter has learned about one way of polling. */
-typedef struct {
-    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
-    uint32_t interval; /* waits between two probes while the score is low */
-    uint64_t probe_at; /* the wait that probes next */
-} habit_t;
-
 typedef struct {
     peer_t *peers;
     Py_ssize_t rank, num_ranks, num_lanes, num_connected;
@@ -44,6 +38,7 @@ typedef struct {
     int must_look;        /* a rank was mapped since */
     int64_t *typical_ns; /* [num_lanes] how long waits for cells of a lane take, a moving average */
     habit_t relax, yield;
+    int was_crowded;   /* the last wait left yields out */
     uint32_t place;    /* what was last stored at PLACE_OFFSET */
     int64_t spread_at, spread_ns; /* when to look at the places of all ranks, how long after that again */
     int busy; /* a call has released the GIL */

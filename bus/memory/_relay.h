@@ -6,6 +6,7 @@
 #ifndef XDS_RELAY_H
 #define XDS_RELAY_H
 
+#include "_burst.h"
 #include "_collectives_rows.h"
 
 #define CELL_STRIDE 64
@@ -33,17 +34,11 @@ typedef struct {
     int absent; /* it is known not to live: nothing is sent there until the address table says otherwise */
 } peer_t;
 
-/* What a waiter has learned about one way of polling. */
-typedef struct {
-    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
-    uint32_t interval; /* waits between two probes while the score is low */
-    uint64_t probe_at; /* the wait that probes next */
-} habit_t;
-
 typedef struct {
     habit_t relax, yield;
     int64_t yield_ns;   /* burst of yielding where nothing better is known; 0 = sleep at once */
     int64_t typical_ns; /* how long waits take, a moving average */
+    int was_crowded;    /* the last wait left yields out */
     int is_shared;      /* another rank was last seen on this core: a pause would hold it up */
     uint32_t place;     /* 1 + the core on which this rank last polled, as it was told to peers */
     int64_t spread_at, spread_ns; /* when to count ranks, how long after that again */
@@ -178,7 +173,7 @@ int parse_index(PyObject *object, const char *name, Py_ssize_t limit, Py_ssize_t
 void waiter_init(waiter_t *waiter, int64_t yield_ns);
 
 /* Poll as long as that pays; returns whether it is there. */
-int poll_for(waiter_t *waiter, const awaited_t *awaited, int64_t until);
+int poll_for(waiter_t *waiter, const crowd_t *crowd, const awaited_t *awaited, int64_t until);
 
 /* Note how long a wait took; a long one says little more than that it was long. */
 void learn_duration(waiter_t *waiter, int64_t duration);

@@ -186,7 +186,7 @@ await_answers(AttentionEnd *self, const exchange_t *e, Py_ssize_t microbatch, in
     const awaited_t awaited = {.cell = cell_at(&self->own, index), .word = self->seen[index]};
     crowd_t crowd = crowd_of(self);
     spread(&self->waiter, &crowd, &self->g);
-    if (poll_for(&self->waiter, &awaited, until)) {
+    if (poll_for(&self->waiter, &crowd, &awaited, until)) {
         return 1;
     }
     uint32_t *bell = (uint32_t *)(self->own.base + DOORBELL_OFFSET);

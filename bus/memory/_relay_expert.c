@@ -528,7 +528,7 @@ await_ring(ExpertEnd *self, int64_t timeout)
     int64_t begin = now_ns(), until = deadline_after(begin, timeout);
     crowd_t crowd = crowd_of(self);
     spread(&self->waiter, &crowd, &self->g);
-    int rung = poll_for(&self->waiter, &awaited, until);
+    int rung = poll_for(&self->waiter, &crowd, &awaited, until);
     if (!rung && now_ns() < until) {
         self->waiter.alarms_seen = num_alarms(bell); /* a later one rings, and Python looks for it itself */
         mark_asleep(bell);

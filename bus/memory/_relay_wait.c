@@ -2,18 +2,16 @@
  * one word instead of a group's cells. The order of every word stands in bus/README.md, "Memory order". */
 #include "_relay.h"
 
-#define SCORE_MAX 256
-#define SCORE_LOW (SCORE_MAX / 8)
-#define PROBE_MIN 32
 #define PROBE_MAX 64 /* an expert rank's idle beats are lost polls, and must not put off the first that would win */
 #define SPIN_ROUNDS 8          /* half of what it takes to switch to another process and back */
 #define YIELD_NS_MAX 4000000LL /* waits that take longer gain little from being polled for */
+#define POLL_GAIN_NS 60000LL   /* what a wait that yields end wins against sleeping */
 
 void
 waiter_init(waiter_t *waiter, int64_t yield_ns)
 {
     waiter->yield_ns = yield_ns;
-    waiter->relax = waiter->yield = (habit_t){SCORE_MAX, PROBE_MIN, 0};
+    waiter->relax = waiter->yield = UNTRIED;
 }
 
 /* ---------------------------------------------------------------- polling */
@@ -27,39 +25,10 @@ is_over(const awaited_t *awaited)
     return __atomic_load_n(&awaited->bell[BELL_SEQ], __ATOMIC_ACQUIRE) != awaited->seq; /* SYNC: word */
 }
 
-static int
-is_worth_it(const habit_t *habit, uint64_t wait)
-{
-    return habit->score >= SCORE_LOW || wait >= habit->probe_at;
-}
-
-static void
-learn(habit_t *habit, uint64_t wait, int won)
-{
-    int was_low = habit->score < SCORE_LOW;
-    habit->score += (won ? SCORE_MAX / 8 : 0) - habit->score / 8;
-    if (habit->score >= SCORE_LOW) {
-        habit->interval = PROBE_MIN;
-    }
-    else if (was_low && habit->interval < PROBE_MAX) {
-        habit->interval *= 2;
-    }
-    habit->probe_at = wait + habit->interval;
-}
-
-/* How long to yield: several times as long as waits take in general, if that is short enough. A core whose processes all
- * sleep takes tens of microseconds to come back. */
-static int64_t
-burst_ns(const waiter_t *waiter)
-{
-    int64_t typical = waiter->typical_ns, burst = 4 * typical < YIELD_NS_MAX ? 4 * typical : YIELD_NS_MAX;
-    return typical > YIELD_NS_MAX / 2 || burst < waiter->yield_ns ? waiter->yield_ns : burst;
-}
-
 void
 learn_duration(waiter_t *waiter, int64_t duration)
 {
-    waiter->typical_ns += ((duration < 2 * YIELD_NS_MAX ? duration : 2 * YIELD_NS_MAX) - waiter->typical_ns) / 8;
+    duration_learn(&waiter->typical_ns, duration, 2 * YIELD_NS_MAX);
 }
 
 static int
@@ -74,39 +43,83 @@ poll_relaxing(const awaited_t *awaited, int rounds)
     return 0;
 }
 
-/* A yield that was answered too late counts as lost: others want the core. */
-static int
-poll_yielding(const waiter_t *waiter, const awaited_t *awaited, int64_t until)
+/* What yields of all ends of this process have cost. */
+static yield_account_t yields = NO_DEBT;
+
+/* Ranks that may want a core. Of the own kind, which are not mapped, as large a part as of the other. */
+static long
+num_awake(const crowd_t *crowd)
 {
-    int64_t begin = now_ns(), now = begin, burst = burst_ns(waiter);
+    long mapped = 0, awake = 0;
+    for (Py_ssize_t i = 0; i < crowd->num_peers; i++) {
+        const char *base = crowd->peers[i].base;
+        mapped += base != NULL;
+        awake += base != NULL && __atomic_load_n((uint32_t *)(base + DOORBELL_OFFSET) + BELL_SLEEPERS, __ATOMIC_RELAXED) == 0;
+    }
+    return awake + (mapped > 0 ? (long)crowd->num_own * awake / mapped : 0);
+}
+
+/* Poll and give the core away in between; whether that ended the wait. *won = 0: it ended, or might have ended, the wait
+ * too late, since others want the core. */
+static int
+poll_yielding(const waiter_t *waiter, const crowd_t *crowd, const awaited_t *awaited, int64_t until, int *won)
+{
+    int64_t begin = now_ns(), now = begin, burst = burst_of(waiter->typical_ns, waiter->yield_ns, YIELD_NS_MAX);
+    *won = 0;
     while (now - begin <= burst && now < until) {
+        int64_t last = now;
         if (is_over(awaited) || (!waiter->is_shared && poll_relaxing(awaited, SPIN_ROUNDS))) {
+            *won = 1;
             return 1;
         }
         sched_yield();
         now = now_ns();
+        /* The other ranks may have computed as long. */
+        if (now - last >= LATE_NS && has_too_many_runnable(num_awake(crowd))) {
+            account_late_yield(&yields, now, now - last);
+            return is_over(awaited);
+        }
     }
     return 0;
 }
 
+/* Whether yields are left out of this wait, beside threads that compute. */
+static int
+is_crowded(waiter_t *waiter)
+{
+    int is_crowded = account_get(&yields.until) != 0 && account_is_crowded(&yields, now_ns());
+    if (waiter->was_crowded && !is_crowded) {
+        waiter->relax = waiter->yield = UNTRIED; /* what was learned meanwhile is about sleepers */
+    }
+    waiter->was_crowded = is_crowded;
+    return is_crowded;
+}
+
 int
-poll_for(waiter_t *waiter, const awaited_t *awaited, int64_t until)
+poll_for(waiter_t *waiter, const crowd_t *crowd, const awaited_t *awaited, int64_t until)
 {
     if (is_over(awaited)) {
         return 1;
     }
     waiter->waits++;
-    if (waiter->yield_ns > 0 && !waiter->is_shared && is_worth_it(&waiter->relax, waiter->waits)) {
+    if (waiter->yield_ns == 0) {
+        return 0;
+    }
+    int may_yield = !is_crowded(waiter);
+    if (!waiter->is_shared && habit_pays(&waiter->relax, waiter->waits)) {
         int won = poll_relaxing(awaited, RELAX_ROUNDS);
-        learn(&waiter->relax, waiter->waits, won);
+        habit_learn(&waiter->relax, waiter->waits, won, PROBE_MAX);
         if (won) {
             return 1;
         }
     }
-    if (waiter->yield_ns > 0 && is_worth_it(&waiter->yield, waiter->waits)) {
-        int won = poll_yielding(waiter, awaited, until);
-        learn(&waiter->yield, waiter->waits, won);
-        return won;
+    if (may_yield && habit_pays(&waiter->yield, waiter->waits)) {
+        int won, is_over = poll_yielding(waiter, crowd, awaited, until, &won);
+        habit_learn(&waiter->yield, waiter->waits, won, PROBE_MAX);
+        if (won) {
+            account_won_poll(&yields, POLL_GAIN_NS);
+        }
+        return is_over;
     }
     return 0;
 }

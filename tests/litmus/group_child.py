@@ -2,7 +2,7 @@
 
 Prints `ready`, then obeys the lines on stdin: `run FIRST LAST` exchanges the steps FIRST..LAST and prints `done LAST`,
 `died STEP PEER` or `moved STEP PEER`; `arm POINT` dies at that fault point of the extension; `learn RANK INCARNATION`
-brings an address. Ends when stdin closes.
+brings an address; `sleeps` prints how often this rank has slept. Ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ def main(member: Member) -> None:
         match line.split():
             case ["run", first, last]:
                 print(member.run(int(first), int(last)), flush=True)
+            case ["sleeps"]:
+                print(member.side.stats()["sleeps"], flush=True)
             case ["arm", point]:
                 os.environ["XDS_FAULT_POINT"] = point
             case ["learn", peer, newer]:

@@ -1,9 +1,10 @@
 """A rank of A2E/E2A: `relay_child.py attention|expert POD INDEX INCARNATION [sleeps|trusts|polls] [int8]`.
 
 Prints `ready`, then obeys the lines on stdin, one answer each: `arm POINT` says `armed` and dies at that fault point of
-the extension; `learn SERVICE INDEX INCARNATION` brings an address and says `learned`; an attention rank exchanges the
-steps FIRST..LAST at `run ROUTE FIRST LAST` and says `done LAST` or `died STEP PEER`. When stdin closes an expert rank
-says `served` and how many corrupt cells it saw. With `int8` rows travel, and are handed to the experts, as INT8.
+the extension; `learn SERVICE INDEX INCARNATION` brings an address and says `learned`; `sleeps` says how often this
+rank has slept; an attention rank exchanges the steps FIRST..LAST at `run ROUTE FIRST LAST` and says `done LAST` or
+`died STEP PEER`. When stdin closes an expert rank says `served` and how many corrupt cells it saw. With `int8` rows
+travel, and are handed to the experts, as INT8.
 """
 
 from __future__ import annotations
@@ -142,6 +143,8 @@ def attend(member: Member, config: XcclConfig) -> None:
                 except PeerDied as error:
                     outcome = f"died {step} {error.peer}"
                 print(outcome, flush=True)
+            case ["sleeps"]:
+                print(side.stats()["sleeps"], flush=True)
             case words:
                 member.obey(words)
     side.close()
@@ -157,6 +160,8 @@ def serve(member: Member, index: int, config: XcclConfig) -> None:
             line = sys.stdin.readline()
             if not line:
                 break
+            if line.split() == ["sleeps"]:
+                print(side.stats()["sleeps"], flush=True)
             member.obey(line.split())
         elif not num_arrivals:
             side.wait(timeout_ns=wait_ns)

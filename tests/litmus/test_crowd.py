@@ -1,25 +1,31 @@
-"""Twelve processes on two cores, each waiting thousands of times: every wake-up comes, and nobody starves. The ends of
-a pair beside others that compute come to share a core."""
+"""Twelve processes on two cores, each waiting thousands of times: every wake-up comes, and nobody starves.
+
+Beside others that compute the ends of a pair come to share a core, and ranks of a group sleep.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from bus.bench.busy import busy
+from bus.config import XcclConfig
 from bus.memory import _native
 from bus.memory.layout import LINK_PLACE_OFFSET
 from bus.memory.segment import Segment
 from tests.harness.poll import eventually
 from tests.litmus.crowd_child import NUM_PROCESSES, STOP
+from tests.litmus.group_child import NUM_RANKS
 
 Spawn = Callable[..., Any]
 ROUNDS = 3_000  # of the slowest pair
 SHARE_MIN = 0.2  # of the mean that the slowest pair must have had by then
 GIVE_UP_S = 50.0
+EXCHANGES = 2_000
 
 
 @pytest.mark.parametrize("strategy", ["adaptive", "blocking"])
@@ -84,3 +90,50 @@ def test_the_ends_of_a_pair_join_where_others_compute(pod: str, spawn: Spawn) ->
     assert [child.wait() for child in children] == [0, 0]
     for segment in segments:
         segment.close()
+
+
+@contextmanager
+def crowded_core() -> Iterator[set[int]]:
+    """Yield a core on which a process computes, at our nice value."""
+    allowed = os.sched_getaffinity(0)
+    core = {min(allowed)}
+    os.sched_setaffinity(0, core)  # for the process to inherit
+    try:
+        with busy(1, os.getpriority(os.PRIO_PROCESS, 0)):
+            os.sched_setaffinity(0, allowed)
+            yield core
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_ranks_of_a_group_sleep_where_others_compute(pod: str, spawn: Spawn) -> None:
+    """A yield there gives the core to who computes, for all of a slice: it is not taken for one that pays."""
+    how = (XcclConfig().poll_interval_ms, XcclConfig().spin_us)
+    with crowded_core() as core:
+        children = [
+            spawn("alltoall", pod, rank, 1, *how, cpus=core, script="group_child.py")
+            for rank in range(NUM_RANKS)
+        ]
+        assert [child.line() for child in children] == ["ready"] * NUM_RANKS
+        for child in children:
+            child.say(f"run 1 {EXCHANGES}")
+        assert [child.line() for child in children] == [f"done {EXCHANGES}"] * NUM_RANKS
+        for child in children:
+            child.say("sleeps")
+        sleeps = [int(child.line()) for child in children]
+    assert sum(sleeps) > NUM_RANKS * EXCHANGES // 2, sleeps
+
+
+def test_ranks_of_a2e_sleep_where_others_compute(pod: str, spawn: Spawn) -> None:
+    with crowded_core() as core:
+        children = [
+            spawn(service, pod, index, 1, "polls", cpus=core, script="relay_child.py")
+            for service, index in (("attention", 0), ("expert", 0), ("expert", 1))
+        ]
+        assert [child.line() for child in children] == ["ready"] * len(children)
+        children[0].say(f"run direct 1 {EXCHANGES}")
+        assert children[0].line() == f"done {EXCHANGES}"
+        for child in children:
+            child.say("sleeps")
+        sleeps = [int(child.line()) for child in children]
+    assert sum(sleeps) > EXCHANGES, sleeps
