@@ -11,6 +11,8 @@ rank's lock, has an own segment without a grant, and writes after the survivor h
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from tests.modelcheck.bells import PATIENT_RING, PATIENT_WAIT, QUIET_RING, QUIET_WAIT, look
@@ -232,16 +234,18 @@ PATIENT_SURVIVOR = mutate(
 ).replace("{look}", LOOK)
 
 
-def lacks_a_rank(survivor: str) -> Model:
+def lacks_a_rank(survivor: str, window: int = 1, *, ring: str = PATIENT_RING, mortal: bool = True) -> Model:
+    """Both ranks ring by `ring`; one may be killed anywhere. No mark of the survivor is left at the end."""
     programs = (
         parse("survivor", survivor),
-        parse("living", PATIENT_RING.format(i=0)),
-        parse("mortal", PATIENT_RING.format(i=1)),
+        parse("living", ring.format(i=0)),
+        parse("mortal", ring.format(i=1)),
     )
     words = ("seq", "sleepers", "patient", "wake_at", "outcome", "word[0]", "word[1]")
     memory = {**dict.fromkeys(words, 0), "lock": 1}
-    final = "outcome == 1 + (word[1] == 0)"
-    return Model(programs, memory, kills={"mortal": {"lock": 0}}, final=final, progress=True)
+    final = "outcome == 1 + (word[1] == 0) and sleepers == 0 and patient == 0"
+    kills = {"mortal": {"lock": 0}} if mortal else {}
+    return Model(programs, memory, window, kills=kills, final=final, progress=window == 1)
 
 
 def test_a_rank_that_dies_before_it_rings_is_noticed() -> None:
@@ -265,17 +269,7 @@ QUIET_SURVIVOR = mutate(
 ).replace("{look}", LOOK)
 
 
-def lacks_a_quiet_rank(survivor: str, window: int = 1, *, mortal: bool = True) -> Model:
-    programs = (
-        parse("survivor", survivor),
-        parse("living", QUIET_RING.format(i=0)),
-        parse("mortal", QUIET_RING.format(i=1)),
-    )
-    words = ("seq", "sleepers", "patient", "wake_at", "outcome", "word[0]", "word[1]")
-    memory = {**dict.fromkeys(words, 0), "lock": 1}
-    final = "outcome == 1 + (word[1] == 0) and sleepers == 0 and patient == 0"
-    kills = {"mortal": {"lock": 0}} if mortal else {}
-    return Model(programs, memory, window, kills=kills, final=final, progress=window == 1)
+lacks_a_quiet_rank = partial(lacks_a_rank, ring=QUIET_RING)
 
 
 def test_a_patient_waiter_of_quiet_ringers_notices_a_death() -> None:
