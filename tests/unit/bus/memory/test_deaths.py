@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -21,14 +19,6 @@ from tests.harness import poll
 
 eventually = functools.partial(poll.eventually, timeout_s=30, interval_s=0.002)
 LAYOUT = SegmentLayout(4, 4096, 4096)
-OWNER = """
-import sys, time
-from bus.memory.layout import SegmentLayout
-from bus.memory.segment import Segment
-held = Segment.create(sys.argv[1], SegmentLayout(4, 4096, 4096), service="expert", index=0, incarnation=1)
-print("there", flush=True)
-sys.stdin.read()
-"""
 
 
 class Own:
@@ -92,34 +82,41 @@ def touch(fd: int) -> None:
     os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
 
 
-def start_owner(name: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
-    return process
-
-
-def end(process: subprocess.Popen[str], how: str) -> None:
-    if how == "killed":
-        process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+def start_owner(name: str) -> tuple[int, int]:
+    """Fork a process that owns a segment until it is killed or its pipe is closed; return its pid and that pipe."""
+    told, tell = os.pipe()
+    hold, held = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(held)
+        segment = Segment.create(name, LAYOUT, service="expert", index=0, incarnation=1)
+        os.write(tell, b"there")
+        os.read(hold, 1)
+        os._exit(0 if segment.owner_alive() else 1)
+    os.close(hold)
+    os.close(tell)
+    assert os.read(told, 8) == b"there"
+    os.close(told)
+    return pid, held
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
 def test_the_end_of_an_owner_sounds_the_alarm_once(pod: str, how: str) -> None:
     own = Segment.create(segment_name(pod, "expert", 1, 1), LAYOUT, service="expert", index=1, incarnation=1)
     name = segment_name(pod, "expert", 0, 1)
-    process = start_owner(name)
+    pid, held = start_owner(name)
     peer = Segment.attach(name)
     seq, looks = own.doorbell_seq(), module.deaths.stats().num_fallback_looks
     assert own.num_alarms() == 0
-    end(process, how)
+    if how == "killed":
+        os.kill(pid, signal.SIGKILL)
+    os.close(held)
+    os.waitpid(pid, 0)
     eventually(lambda: own.num_alarms() == 1)
     assert own.doorbell_seq() == seq + 1
     assert not peer.owner_alive()
     assert module.deaths.stats().num_fallback_looks == looks  # the kernel told it
+    peer.unlink()
     peer.close()
     own.unlink()
     own.close()
