@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -215,16 +216,16 @@ def test_a_forked_child_begins_anew(watch: DeathWatch, file: int) -> None:
     own, peer = Own(), Peer(file, 1000)
     watch.subscribe(own)
     watch.watch(peer)
-    before = len(os.listdir("/proc/self/fd"))
+    machinery = watch._machinery
+    assert machinery is not None
+    assert machinery.events is not None
+    inherited = (machinery.wake_read, machinery.wake_write, machinery.events.fileno())
     pid = os.fork()
     if pid == 0:
         watch.begin_anew()
-        mine = Own()
-        watch.subscribe(mine)
-        watch.watch(Peer(file, 0))
-        touch(file)
-        eventually(lambda: mine.alarms == 1)
-        os._exit(0 if own.alarms == 0 and len(os.listdir("/proc/self/fd")) == before else 1)
+        num_open = sum(Path(f"/proc/self/fd/{fd}").exists() for fd in inherited)
+        is_new = watch._machinery is None and not watch._own and not watch._files
+        os._exit(0 if is_new and num_open == 0 else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert own.alarms == 0
 
