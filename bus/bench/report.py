@@ -13,11 +13,12 @@ form, batch, hidden, top_k, kind}. In `p2p` a way rewrites its array before each
 ours zero-copy at all sizes), so that from 1 MiB on nearly everything has left the caches; ways "handed over" copy
 nothing and leave the array as it is but for two bytes, which shows what a message costs by itself. p50_us is the
 median of the rounds' medians, low_us and high_us their range, p99_us the 99th percentile of all samples, mean_us the
-median of the rounds' means. Further: to_limit, median over blocks of p50 relative to the C limit's in the same
-milliseconds; to_ours and mean_to_ours, median over rounds of p50 and of the mean relative to ours; mb_per_s, size /
-p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps. Section `kinds` {ranks, form, batch, hidden, top_k}
-has the figures of ours with INT8 rows, and to_float32, its mean relative to that with float32 rows in the same
-seconds: median over pairs of turns, with quartiles to_float32_low and to_float32_high.
+median of the rounds' means. Of the exchanges of a turn in `all-to-all`, `moe` and `kinds` the first four and the last
+are not timed: ranks begin and end a turn one after the other. Further: to_limit, median over blocks of p50 relative to
+the C limit's in the same milliseconds; to_ours and mean_to_ours, median over rounds of p50 and of the mean relative to
+ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps. Section `kinds` {ranks, form,
+batch, hidden, top_k} has the figures of ours with INT8 rows, and to_float32, its mean relative to that with float32
+rows in the same seconds: median over pairs of turns, with quartiles to_float32_low and to_float32_high.
 """
 
 from __future__ import annotations
