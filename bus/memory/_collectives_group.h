@@ -2,8 +2,8 @@
 #ifndef XDS_COLLECTIVES_GROUP_H
 #define XDS_COLLECTIVES_GROUP_H
 
-#include "_burst.h"
 #include "_collectives.h"
+#include "_burst.h" /* after Python.h */
 
 #define COUNTER_BITS 40
 #define COUNTER_MASK ((1ULL << COUNTER_BITS) - 1)

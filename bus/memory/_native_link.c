@@ -346,7 +346,7 @@ link_copy_job(LinkEnd *end, const CopyJob *job)
     uintptr_t distance = (uintptr_t)job->dst - (uintptr_t)job->src;
     int may_overlap = job->pid == 0 && (distance < job->size || -distance < job->size); /* a put, within an app area */
     int is_shared = end->num_lanes > 1 && !may_overlap && job->size >= 2 * LANE_BLOCK_BYTES &&
-                    link_pays(&end->lanes, ++end->num_long_copies);
+                    habit_pays(&end->lanes, ++end->num_long_copies);
     uint32_t num_blocks = 0, num_helped = 0;
     int outcome, error;
     Py_BEGIN_ALLOW_THREADS
@@ -355,7 +355,7 @@ link_copy_job(LinkEnd *end, const CopyJob *job)
     Py_END_ALLOW_THREADS
     end->num_lane_blocks += num_helped;
     if (is_shared) {
-        link_learn(&end->lanes, end->num_long_copies, num_helped * 8 >= num_blocks);
+        habit_learn(&end->lanes, end->num_long_copies, num_helped * 8 >= num_blocks, PROBE_MAX);
     }
     errno = error;
     return outcome;

@@ -7,6 +7,7 @@
 #define XDS_NATIVE_LINK_H
 
 #include "_native.h"
+#include "_burst.h" /* after Python.h */
 
 #include <stddef.h>
 
@@ -87,12 +88,7 @@ typedef struct {
     uint32_t chunk_id;
 } Transfer;
 
-/* What an end has learned about one way of polling. */
-typedef struct {
-    uint32_t score;    /* moving average of how often it won, of SCORE_MAX */
-    uint32_t interval; /* waits between two probes while the score is low */
-    uint64_t probe_at; /* the wait, or long copy, that probes next */
-} Habit;
+#define PROBE_MAX 4096u /* waits, or long copies, between two probes at most */
 
 /* A long copy. With a `pid`, `src` is an address in that process, which must hold `nonce` at `nonce_at`. */
 typedef struct {
@@ -157,7 +153,7 @@ typedef struct {
     int64_t typical_ns; /* what waits take that outlast the pauses, a moving average */
     int64_t patience_ns; /* sender: what the receiver's copy of this message may take, to poll for besides */
     int pause_rounds, may_sleep, was_crowded;
-    Habit pause, yield;
+    habit_t pause, yield;
     /* places, see _native_place.c */
     uint32_t *own_place;
     const uint32_t *peer_place;
@@ -166,9 +162,9 @@ typedef struct {
     int64_t move_at, move_ns;
     int num_lanes; /* threads that share a long copy */
     uint64_t num_long_copies;
-    Habit lanes;
+    habit_t lanes;
     uint64_t num_shareable; /* receiver: copies that the sender was or could have been invited to share */
-    Habit share;
+    habit_t share;
     /* zero-copy, see _native_in_place.c */
     struct CachedView *views;
     size_t num_views;
@@ -208,8 +204,6 @@ HIDDEN int share_copy(LinkEnd *end, const CopyJob *job, Offer *offer);
 HIDDEN int share_is_possible(LinkEnd *end, const CopyJob *job, const Offer *offer);
 HIDDEN void share_help(LinkEnd *end);
 HIDDEN void share_end_limbo(LinkEnd *end, int is_dead);
-HIDDEN int link_pays(const Habit *habit, uint64_t now);
-HIDDEN void link_learn(Habit *habit, uint64_t now, int won);
 HIDDEN void link_forget_habits(LinkEnd *end);
 HIDDEN int link_is_crowded(int64_t now);
 HIDDEN void place_open(LinkEnd *end, char *own, const char *peer, int is_first);

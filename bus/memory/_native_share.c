@@ -159,7 +159,7 @@ share_is_possible(LinkEnd *end, const CopyJob *job, const Offer *offer)
     int may_overlap = job->pid == 0 && (distance < size || -distance < size); /* both in the sender's app area */
     share_end_limbo(end, 0);
     return size >= SHARED_BYTES_MIN && !may_overlap && end->deadline > 0 && !end->has_limbo && num_units(size) <= UINT32_MAX &&
-           __atomic_load_n(&offer->is_invited, __ATOMIC_RELAXED) == 0 && link_pays(&end->share, ++end->num_shareable);
+           __atomic_load_n(&offer->is_invited, __ATOMIC_RELAXED) == 0 && habit_pays(&end->share, ++end->num_shareable);
 }
 
 /* Copy `job` together with the sender. 0; -1: errno is set; SHARE_STUCK: a Python error is set. */
@@ -197,10 +197,10 @@ share_copy(LinkEnd *end, const CopyJob *job, Offer *offer)
         end->num_shared_bytes += job->size - behind;
         /* Won unless the wait took longer than copying those shares would have. */
         int64_t alone_ns = (int64_t)((double)own_ns * (double)(job->size - behind) / (double)(num_own + 1));
-        link_learn(&end->share, end->num_shareable, now_ns() - copied_at <= alone_ns);
+        habit_learn(&end->share, end->num_shareable, now_ns() - copied_at <= alone_ns, PROBE_MAX);
     }
     else if (error == 0) {
-        link_learn(&end->share, end->num_shareable, 0);
+        habit_learn(&end->share, end->num_shareable, 0, PROBE_MAX);
         Py_BEGIN_ALLOW_THREADS
         error = copy_part(job, behind, job->size - behind) < 0 ? errno : 0;
         Py_END_ALLOW_THREADS

@@ -1,39 +1,11 @@
 /* How an end of a link waits: polls, yields, sleep, and what it learns of them. See bus/README.md, "Doorbells". */
 #include "_native_link.h"
 
-#include <fcntl.h>
-#include <stdio.h>
-
-#define SCORE_MAX 1024u
-#define SCORE_LOW 128u /* below it a way of polling is only probed */
-#define PROBE_MIN 32u  /* waits until the first probe; each lost one doubles it, up to the maximum */
-#define PROBE_MAX 4096u
-#define LATE_NS 700000LL        /* a yield answered so late was answered after somebody who computes */
-#define POLL_GAIN_NS 3000LL     /* what a wait that polls end in time wins against sleeping */
-#define DEBT_NS_MAX 24000000LL  /* the loss that is borne */
-#define NO_YIELDS_NS_MIN 8000000LL
-#define NO_YIELDS_NS_MAX 256000000LL
-#define UNTRIED ((Habit){SCORE_MAX, PROBE_MIN, 0})
+#define POLL_GAIN_NS 3000LL   /* what a wait that polls end in time wins against sleeping */
 #define BURST_NS_MAX 200000LL /* several times what it takes to wake somebody on an idle core */
-#define PAUSES_PER_YIELD 8 /* polls before each yield: a yield takes longer than a line to arrive */
+#define PAUSES_PER_YIELD 8    /* polls before each yield: a yield takes longer than a line to arrive */
 
 /* ---------------------------------------------------------------- habits */
-
-/* Note that a way was tried at the count `now`, and whether it won. */
-void
-link_learn(Habit *habit, uint64_t now, int won)
-{
-    if (won) {
-        habit->score += (SCORE_MAX - habit->score) / 8;
-        habit->interval = PROBE_MIN;
-        return;
-    }
-    habit->score -= habit->score / 8;
-    if (habit->score < SCORE_LOW) {
-        habit->probe_at = now + habit->interval;
-        habit->interval = habit->interval < PROBE_MAX ? 2 * habit->interval : PROBE_MAX;
-    }
-}
 
 void
 link_forget_habits(LinkEnd *end)
@@ -42,83 +14,16 @@ link_forget_habits(LinkEnd *end)
     end->was_crowded = 0;
 }
 
-int
-link_pays(const Habit *habit, uint64_t now)
-{
-    return habit->score >= SCORE_LOW || now >= habit->probe_at;
-}
-
 /* ---------------------------------------------------------------- crowded cores */
 
-/* What yields have cost this process of late: the time of those that were answered late, less what polling has won
- * against sleeping. When that is too much, all ends leave yields out for a while, twice as long each time until they pay
- * again: it is about the machine. A process that yields beside others that compute loses a whole slice to them, now and
- * then; one that sleeps is preferred to them when it is woken. */
-static struct {
-    int64_t debt_ns, until, pause_ns;
-} yields = {0, 0, NO_YIELDS_NS_MIN};
-
-static int64_t
-get(const int64_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
-}
-
-static void
-set(int64_t *word, int64_t value)
-{
-    __atomic_store_n(word, value, __ATOMIC_RELAXED);
-}
-
-/* Whether more threads of the machine can run than it has cores; if it does not say so, they might. A yield is answered
- * late too because a hypervisor has taken the core away, and then sleeping would be no better. */
-static int
-has_too_many_runnable(void)
-{
-    char text[64] = "";
-    int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC), num_running;
-    if (fd < 0) {
-        return 1;
-    }
-    ssize_t size = read(fd, text, sizeof text - 1);
-    close(fd);
-    return size <= 0 || sscanf(text, "%*s %*s %*s %d/", &num_running) != 1 ||
-           num_running > sysconf(_SC_NPROCESSORS_ONLN);
-}
-
-static void
-note_late_yield(int64_t now, int64_t lost)
-{
-    if (!has_too_many_runnable()) {
-        return;
-    }
-    int64_t debt = get(&yields.debt_ns) + lost, pause = get(&yields.pause_ns);
-    if (debt >= DEBT_NS_MAX) {
-        debt = DEBT_NS_MAX / 2;
-        set(&yields.until, now + pause);
-        set(&yields.pause_ns, pause < NO_YIELDS_NS_MAX ? 2 * pause : pause);
-    }
-    set(&yields.debt_ns, debt);
-}
-
-static void
-note_won_polls(void)
-{
-    int64_t debt = get(&yields.debt_ns);
-    if (debt == 0) {
-        return;
-    }
-    set(&yields.debt_ns, debt > POLL_GAIN_NS ? debt - POLL_GAIN_NS : 0);
-    if (debt <= POLL_GAIN_NS) {
-        set(&yields.pause_ns, NO_YIELDS_NS_MIN);
-    }
-}
+/* What yields of all ends of this process have cost. */
+static yield_account_t yields = NO_DEBT;
 
 /* Whether yields are left out at `now`. */
 int
 link_is_crowded(int64_t now)
 {
-    return now < get(&yields.until);
+    return account_is_crowded(&yields, now);
 }
 
 /* ---------------------------------------------------------------- waiting */
@@ -127,37 +32,20 @@ link_is_crowded(int64_t now)
 static int
 pause_for_news(LinkEnd *end)
 {
-    if (end->pause_rounds == 0 || !link_pays(&end->pause, end->num_waits)) {
+    if (end->pause_rounds == 0 || !habit_pays(&end->pause, end->num_waits)) {
         return 0;
     }
     for (int round = 0; round < end->pause_rounds; round++) {
         if (has_news(end)) {
             end->num_pause_wins++;
-            link_learn(&end->pause, end->num_waits, 1);
-            note_won_polls();
+            habit_learn(&end->pause, end->num_waits, 1, PROBE_MAX);
+            account_won_poll(&yields, POLL_GAIN_NS);
             return 1;
         }
         cpu_relax();
     }
-    link_learn(&end->pause, end->num_waits, 0);
+    habit_learn(&end->pause, end->num_waits, 0, PROBE_MAX);
     return 0;
-}
-
-/* How long to poll: several times as long as waits take in general, if that is short enough. Two ends that both sleep
- * take as long as two wake-ups; an end that gave up before the other one can have woken would never find out that
- * polling pays as soon as both do. */
-static int64_t
-burst_ns(const LinkEnd *end)
-{
-    int64_t burst = 4 * end->typical_ns < BURST_NS_MAX ? 4 * end->typical_ns : BURST_NS_MAX;
-    return end->typical_ns > BURST_NS_MAX / 2 || burst < end->yield_ns ? end->yield_ns : burst;
-}
-
-/* Note how long a wait took; a long one says little more than that it was long. */
-static void
-learn_duration(LinkEnd *end, int64_t duration)
-{
-    end->typical_ns += ((duration < BURST_NS_MAX ? duration : BURST_NS_MAX) - end->typical_ns) / 8;
 }
 
 /* Poll and give the core away between polls. A yield that was answered late means that others want the core:
@@ -170,27 +58,30 @@ yield_for_news(LinkEnd *end, int64_t start, int64_t deadline)
         end->pause = end->yield = UNTRIED; /* what was learned meanwhile is about sleepers */
     }
     end->was_crowded = is_crowded;
-    if (end->yield_ns == 0 || is_crowded || (end->may_sleep && !link_pays(&end->yield, end->num_waits))) {
+    if (end->yield_ns == 0 || is_crowded || (end->may_sleep && !habit_pays(&end->yield, end->num_waits))) {
         return 0;
     }
-    int64_t until = deadline_after(start, burst_ns(end) + end->patience_ns), last = start;
+    int64_t burst = burst_of(end->typical_ns, end->yield_ns, BURST_NS_MAX), last = start;
+    int64_t until = deadline_after(start, burst + end->patience_ns);
     int num_pauses = end->pause_rounds == 0 ? 0 : PAUSES_PER_YIELD;
     until = until < deadline ? until : deadline;
     for (;;) {
         int found = has_news(end);
         int64_t now = now_ns();
         if (end->may_sleep && now - last >= LATE_NS + end->patience_ns) {
-            note_late_yield(now, now - last);
-            link_learn(&end->yield, end->num_waits, 0);
+            if (has_too_many_runnable(0)) {
+                account_late_yield(&yields, now, now - last);
+            }
+            habit_learn(&end->yield, end->num_waits, 0, PROBE_MAX);
             return found;
         }
         if (found || now >= until) {
             int won = found && now <= until;
             if (won) {
-                note_won_polls();
+                account_won_poll(&yields, POLL_GAIN_NS);
             }
             end->num_yield_wins += (unsigned)won;
-            link_learn(&end->yield, end->num_waits, won);
+            habit_learn(&end->yield, end->num_waits, won, PROBE_MAX);
             return found;
         }
         last = now;
@@ -331,7 +222,7 @@ link_await_news(LinkEnd *end, uint64_t event_id, int64_t deadline)
         }
     }
     if (outcome == 1) {
-        learn_duration(end, now_ns() - start);
+        duration_learn(&end->typical_ns, now_ns() - start, BURST_NS_MAX);
         if (end->num_sleeps != num_sleeps) {
             place_after_sleep(end, start);
         }

@@ -6,8 +6,8 @@
 #ifndef XDS_RELAY_H
 #define XDS_RELAY_H
 
-#include "_burst.h"
 #include "_collectives_rows.h"
+#include "_burst.h" /* after Python.h */
 
 #define CELL_STRIDE 64
 #define DOORBELL_OFFSET 128
