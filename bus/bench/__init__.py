@@ -1,6 +1,6 @@
 """Measurements of the bus against other transports, in one run with one harness: `xds bench bus`.
 
-    run.py      plays the sections: p2p.py, collectives.py (all-to-all and moe), trampoline.py
+    run.py      plays the sections: p2p.py, collectives.py (all-to-all and moe), trampoline.py, thresholds.py
     group.py    the processes of one way, and what is asked of them; worker.py is such a process
     peers/      one file per transport; each opens pairs (ping-pong) or rows (collectives), or both
     routing.py  what all ways share: inputs, routing, gathering, weighted sum, and the check of the result

@@ -16,6 +16,7 @@ from bus.priority import prioritise
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS_NICE = "ours-nice"
+OURS_PATHS = "ours-paths"
 WORKER = (sys.executable, "-P", "-m", "bus.bench.worker")
 
 
@@ -49,6 +50,7 @@ WAYS = {
     for way in (
         Way("ours"),
         Way(OURS_NICE, nice=-10),
+        Way(OURS_PATHS),
         Way("pipe"),
         Way("pyzmq", ("zmq",)),
         Way("openmpi", ("mpi4py",), "prterun", "libmpi.so.40"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from bus.config import XcclConfig
 from bus.errors import ConfigError
 
-SECTIONS = ("p2p", "crowd", "all-to-all", "moe", "trampoline")
+SECTIONS = ("p2p", "crowd", "all-to-all", "moe", "trampoline", "thresholds")
 PEERS = ("pipe", "pyzmq", "openmpi", "mpich", "iceoryx2", "gloo")
 KINDS = ("float32", "int8")
 SIZE_MAX = 64 << 20

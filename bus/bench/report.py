@@ -19,6 +19,9 @@ the C limit's in the same milliseconds; to_ours and mean_to_ours, median over ro
 ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps. Section `kinds` {ranks, form,
 batch, hidden, top_k} has the figures of ours with INT8 rows, and to_float32, its mean relative to that with float32
 rows in the same seconds: median over pairs of turns, with quartiles to_float32_low and to_float32_high.
+Section `thresholds` {threshold, size} has both paths of a message: setting, from how many bytes on the second one is
+chosen; to_other, of the path that is chosen: median over blocks of its p50 relative to the other path's in the same
+milliseconds.
 """
 
 from __future__ import annotations

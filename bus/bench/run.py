@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from bus.bench import collectives, crowd, machine, p2p, trampoline
+from bus.bench import collectives, crowd, machine, p2p, thresholds, trampoline
 from bus.bench.plan import Plan
 from bus.bench.report import Report
 from bus.bench.session import OURS, Absence, Session, to_stderr
@@ -30,6 +30,8 @@ def run(plan: Plan, progress: Callable[[str], None] = to_stderr) -> Report:
             collectives.run(session, sections)
         if TRAMPOLINE in plan.sections:
             _run_trampolines(session)
+        if thresholds.SECTION in plan.sections:
+            thresholds.run(session)
         seconds = time.monotonic() - began
         return Report(facts, plan, seconds, session.absences, session.records, session.trampolines)
 

@@ -15,6 +15,7 @@ from bus.bench.p2p import SECTION as P2P
 from bus.bench.peers.limit_rows import LIMIT
 from bus.bench.report import Report
 from bus.bench.session import OURS, Record
+from bus.bench.thresholds import SECTION as THRESHOLDS
 
 Cell = Callable[[Record], str]
 T = TypeVar("T")
@@ -30,6 +31,7 @@ def render(report: Report) -> str:
         *kinds_tables(report.of(KINDS)),
         *routes.moe_lines(report, _shape),
         *trampoline_table(report),
+        *threshold_tables(report.of(THRESHOLDS)),
         *absent(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -155,6 +157,27 @@ def trampoline_table(report: Report) -> list[str]:
     )
     table = _table(title, [_load(key) for key in direct], list(columns), cells)
     return [f'{table}\n{routes.SETTING} = "{found[0]["route_costs_ns"]}"']
+
+
+def threshold_tables(records: Sequence[Record]) -> list[str]:
+    """Return a table for each threshold: both paths at each size, which is faster, and what the setting loses."""
+    found = []
+    for name in _unique(str(r.case["threshold"]) for r in records):
+        some = [r for r in records if r.case["threshold"] == name]
+        sizes = sorted(_unique(int(r.case["size"]) for r in some))
+        ways = _unique(r.way for r in some)
+        cells = {(r.way, size_name(int(r.case["size"]))): _us(r.figures.p50_us) for r in some}
+        for record in (r for r in some if "to_other" in r.extra):
+            column, to_other = size_name(int(record.case["size"])), record.extra["to_other"]
+            [other] = [way for way in ways if way != record.way]
+            cells["chosen", column] = record.way
+            cells["faster", column] = record.way if to_other <= 1 else other
+            cells["lost, %", column] = f"{max(0.0, 100 * (to_other - 1)):.0f}"
+        title = f"{name}, from {size_name(int(some[0].extra['setting']))} on: one way, us, p50"
+        found.append(
+            _table(title, [*ways, "chosen", "faster", "lost, %"], list(map(size_name, sizes)), cells)
+        )
+    return found
 
 
 def _load(key: tuple[int, int]) -> str:

@@ -17,6 +17,7 @@ from bus.bench.rows import RowsWay
 PEERS = {
     "ours": "bus.bench.peers.ours",
     "ours-nice": "bus.bench.peers.ours",
+    "ours-paths": "bus.bench.peers.ours_paths",
     "pipe": "bus.bench.peers.pipe",
     "pyzmq": "bus.bench.peers.pyzmq",
     "openmpi": "bus.bench.peers.mpi",

@@ -169,6 +169,7 @@ class _LinkEnd:
         pull_bytes_min: int,
         message_bytes_max: int,
         read_bytes_min: int,
+        shared_bytes_min: int,
         poll_ns: int,
         pause_rounds: int,
         yield_ns: int,

@@ -101,17 +101,18 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     static char *names[] = {"own",       "peer",          "ring_offset", "num_slots",   "slot_bytes",
                             "out_cell",  "in_cell",       "own_bell",    "peer_bell",   "incarnation",
                             "peer_incarnation", "own_app", "peer_app",   "pull_bytes_min", "message_bytes_max", "read_bytes_min",
+                            "shared_bytes_min",
                             "poll_ns",   "pause_rounds",  "yield_ns",    "may_sleep",   "copy_lanes",
                             "own_place", "peer_place",    "is_first",    NULL};
     PyObject *own, *peer;
     unsigned long long ring, num_slots, slot_bytes, out_cell, in_cell, own_bell, peer_bell, mine, theirs;
-    unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max, read_min;
+    unsigned long long own_low, own_high, peer_low, peer_high, pull_min, message_max, read_min, shared_min;
     long long poll_ns, yield_ns;
     unsigned long long own_place, peer_place;
     int pause_rounds, may_sleep, num_lanes, is_first;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKKLiLpiKKp", names, &own, &peer, &ring, &num_slots,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO$KKKKKKKKK(KK)(KK)KKKKLiLpiKKp", names, &own, &peer, &ring, &num_slots,
                                      &slot_bytes, &out_cell, &in_cell, &own_bell, &peer_bell, &mine, &theirs, &own_low,
-                                     &own_high, &peer_low, &peer_high, &pull_min, &message_max, &read_min, &poll_ns, &pause_rounds,
+                                     &own_high, &peer_low, &peer_high, &pull_min, &message_max, &read_min, &shared_min, &poll_ns, &pause_rounds,
                                      &yield_ns, &may_sleep, &num_lanes, &own_place, &peer_place, &is_first)) {
         return -1;
     }
@@ -173,6 +174,7 @@ link_open(LinkEnd *end, PyObject *args, PyObject *kwargs, int is_sender)
     end->peer_high = peer_high;
     end->pull_bytes_min = pull_min;
     end->read_bytes_min = read_min;
+    end->shared_bytes_min = shared_min;
     end->message_bytes_max = message_max;
     end->poll_ns = poll_ns;
     end->alarms_seen = num_alarms(end->own_bell) - 1; /* the peer's lock has not been looked at yet */

@@ -30,7 +30,6 @@
 
 #define READ_BYTES 16 /* the first two words of an Offer: all that is needed to read */
 #define SHARE_UNIT 4096
-#define SHARED_BYTES_MIN (32 * 1024) /* copies from this size on are shared */
 #define SHARE_STUCK (-2)
 
 enum { KIND_INLINE = 1, KIND_PULL = 2, KIND_PUT = 3, KIND_READ = 4 };
@@ -129,7 +128,7 @@ typedef struct {
     unsigned long long last_event;
     unsigned long long num_drops, num_drops_seen;
     uint64_t num_unpublished;
-    uint64_t pull_bytes_min, read_bytes_min, message_bytes_max;
+    uint64_t pull_bytes_min, read_bytes_min, shared_bytes_min, message_bytes_max;
     uint32_t next_chunk;
     Transfer op;
     uint64_t nonce;        /* sender: drawn when the link opens; receiver: what it read in the sender's memory */

@@ -217,7 +217,7 @@ static int
 await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
 {
     int outcome;
-    if (end->offer != NULL && end->offered.size >= SHARED_BYTES_MIN && link_reaches_peer(end)) {
+    if (end->offer != NULL && end->offered.size >= end->shared_bytes_min && link_reaches_peer(end)) {
         end->watch = &end->offer->is_invited;
     }
     while ((outcome = is_taken(end, tail, event_id)) == 0) {

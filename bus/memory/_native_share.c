@@ -158,7 +158,8 @@ share_is_possible(LinkEnd *end, const CopyJob *job, const Offer *offer)
     uintptr_t distance = (uintptr_t)job->dst - (uintptr_t)job->src;
     int may_overlap = job->pid == 0 && (distance < size || -distance < size); /* both in the sender's app area */
     share_end_limbo(end, 0);
-    return size >= SHARED_BYTES_MIN && !may_overlap && end->deadline > 0 && !end->has_limbo && num_units(size) <= UINT32_MAX &&
+    uint64_t weight = job->pid == 0 ? size / 3 * 2 : size; /* pulling costs no system call, so sharing pays later */
+    return weight >= end->shared_bytes_min && !may_overlap && end->deadline > 0 && !end->has_limbo && num_units(size) <= UINT32_MAX &&
            __atomic_load_n(&offer->is_invited, __ATOMIC_RELAXED) == 0 && habit_pays(&end->share, ++end->num_shareable);
 }
 
@@ -167,7 +168,8 @@ int
 share_copy(LinkEnd *end, const CopyJob *job, Offer *offer)
 {
     uint64_t total = num_units(job->size);
-    Left left = {next_share(total), total}; /* the first share is the receiver's in any case */
+    uint64_t half = (total + 1) / 2, first = next_share(total);
+    Left left = {first < half ? first : half, total}; /* the first share is the receiver's in any case */
     int64_t start, copied_at = 0;
     int error;
     Py_BEGIN_ALLOW_THREADS

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bus.xccl.handle import RecvHandle, SendHandle
 
 NOW = Deadline(0)
-READ_NEVER = 2**64 - 1
+NEVER = 2**64 - 1
 NUM_BYTES_MAX = 2**63 - 1
 STALLED, CORRUPT, MISMATCH = 0, 1, 2  # kinds of error, as in _native_link.h
 
@@ -55,6 +55,7 @@ class ChannelSettings:
     message_bytes_max: int
     pull_bytes_min: int
     read_bytes_min: int | None
+    shared_bytes_min: int | None
 
 
 class LinkStats(TypedDict):
@@ -92,6 +93,10 @@ def _app_area(layout: SegmentLayout) -> tuple[int, int]:
     return layout.app_offset, layout.app_offset + layout.app_bytes
 
 
+def _at_least_1(size: int | None) -> int:
+    return NEVER if size is None else max(1, size)
+
+
 class _Hooks:
     """What both ends do in Python."""
 
@@ -104,7 +109,7 @@ class _Hooks:
 
     def _parameters(self, segment: Segment, offset: int, layout: RingLayout) -> dict[str, Any]:
         endpoint, wait = self._endpoint, self._endpoint.strategy.link_wait
-        read_min = self._settings.read_bytes_min
+        settings = self._settings
         return {
             "ring_offset": offset,
             "num_slots": layout.num_slots,
@@ -115,9 +120,10 @@ class _Hooks:
             "peer_incarnation": segment.incarnation,
             "own_app": _app_area(endpoint.segment.layout),
             "peer_app": _app_area(segment.layout),
-            "pull_bytes_min": max(1, self._settings.pull_bytes_min),
-            "read_bytes_min": READ_NEVER if read_min is None else max(1, read_min),
-            "message_bytes_max": self._settings.message_bytes_max,
+            "pull_bytes_min": max(1, settings.pull_bytes_min),
+            "read_bytes_min": _at_least_1(settings.read_bytes_min),
+            "shared_bytes_min": _at_least_1(settings.shared_bytes_min),
+            "message_bytes_max": settings.message_bytes_max,
             "poll_ns": endpoint.config.poll_interval_ms * NS_PER_MS,
             "pause_rounds": wait.pause_rounds,
             "yield_ns": wait.yield_ns,

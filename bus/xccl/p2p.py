@@ -42,8 +42,9 @@ from bus.xccl.message import POINTER, PUT, SLOT_BYTES_MIN, MessageHeader, check_
 __all__ = ["P2p", "SlowP2p", "check_out"]
 
 EVENT_ID_MAX = 2**64 - 1
-PULL_BYTES_MIN = 32 * 1024
-READ_BYTES_MIN = 16 * 1024
+PULL_BYTES_MIN = 1024
+READ_BYTES_MIN = 12 * 1024
+SHARED_BYTES_MIN = 16 * 1024
 
 
 def _check_ring(endpoint: Endpoint) -> None:
@@ -67,6 +68,10 @@ class P2p:
         pull_bytes_min: from this size on, arrays that lie in the own app area are pulled by the receiver.
         read_bytes_min: from this size on, other arrays of `send` are read by the receiver in the own memory, if the
             system lets it; None = never.
+        shared_bytes_min: from this size on, the sender of an array that is read may take part in the copy, from one
+            and a half times the size on that of one that is pulled; None = never.
+
+    What these sizes should be on a machine is measured by `xds bench bus --only thresholds`.
 
     A hot loop takes `sender(peer)` or `receiver(peer)` once and calls its `send` or `recv`, which are C.
     """
@@ -78,10 +83,11 @@ class P2p:
         message_bytes_max: int = 1 << 30,
         pull_bytes_min: int = PULL_BYTES_MIN,
         read_bytes_min: int | None = READ_BYTES_MIN,
+        shared_bytes_min: int | None = SHARED_BYTES_MIN,
     ) -> None:
         _check_ring(endpoint)
         self._endpoint = endpoint
-        self._settings = ChannelSettings(message_bytes_max, pull_bytes_min, read_bytes_min)
+        self._settings = ChannelSettings(message_bytes_max, pull_bytes_min, read_bytes_min, shared_bytes_min)
         self._senders: dict[Rank, Sender] = {}
         self._receivers: dict[Rank, Receiver] = {}
         endpoint.watch(self._retire)

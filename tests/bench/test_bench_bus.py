@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bus.bench.peers.ours_paths import PATHS
 from tests.harness.poll import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def runs(tmp_path: Path) -> Iterator[list[Bench]]:
 
 def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: list[Bench]) -> None:
     found = tmp_path / "found.json"
-    sections = ("--only", "p2p,crowd,all-to-all,moe")
+    sections = ("--only", "p2p,crowd,all-to-all,moe,thresholds")
     bench = Bench(tmp_path, "--peers", "pyzmq,pipe", "--rounds", "1", "--json", str(found), *sections, *SMALL)
     runs.append(bench)
     assert bench.wait() == 0, bench.text()
@@ -89,7 +90,7 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
     records = report["records"]
     by_section = {
         section: {r["way"] for r in records if r["section"] == section}
-        for section in ("p2p", "all-to-all", "moe")
+        for section in ("p2p", "all-to-all", "moe", "thresholds")
     }
     assert by_section["all-to-all"] == {"ours", "ours persistent", "pyzmq"}
     assert {
@@ -102,6 +103,7 @@ def test_a_run_reports_all_sections_and_leaves_nothing(tmp_path: Path, runs: lis
         "ours zero-copy, handed over",
     } < by_section["p2p"]
     assert {"pyzmq", "Pipe"} < by_section["p2p"]
+    assert by_section["thresholds"] == set(PATHS)
     crowd = {r["way"] for r in records if r["section"] == "crowd"}
     assert {"ours adaptive", "ours blocking", "pyzmq"} < crowd
     assert ("ours adaptive, nice -10" in crowd) is all(a["way"] != "ours-nice" for a in report["absent"])

@@ -86,6 +86,7 @@ class Copying:
     def __init__(
         self, p2p: P2p, peer: Rank, size_max: int, own: Bytes | None = None, meet: Meet | None = None
     ) -> None:
+        self._p2p, self._peer = p2p, peer
         self._sender, self._receiver = p2p.sender(peer), p2p.receiver(peer)
         # 16 bytes past a page, where NumPy likes to put data.
         self._own = np.ones(size_max + 16, np.uint8)[16:] if own is None else own
@@ -164,7 +165,7 @@ class HandedOver:
 
 def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Message) -> dict[str, Link]:
     """Return the links with the partner, one endpoint each."""
-    opener = _Opener(meeting, stack, XcclConfig(**options["xccl"]))
+    opener = Opener(meeting, stack, XcclConfig(**options["xccl"]))
     prioritise(opener.config.slice_us, opener.config.nice)
     spin_ns = opener.config.spin_us * 1_000
     links: dict[str, Link] = {}
@@ -189,16 +190,16 @@ def open_pairs(meeting: Meeting, stack: ExitStack, size_max: int, options: Messa
     return links
 
 
-class _Opener:
+class Opener:
     """Makes endpoints that know the partner's."""
 
     def __init__(self, meeting: Meeting, stack: ExitStack, config: XcclConfig) -> None:
         self._meeting, self._stack, self.config = meeting, stack, config
 
     def open(
-        self, name: str, strategy: WaitStrategy, ring: RingLayout, app_bytes: int
+        self, name: str, strategy: WaitStrategy, ring: RingLayout, app_bytes: int, **settings: Any
     ) -> tuple[Endpoint, P2p, Rank]:
-        """Return an endpoint of its own, its transport and the partner."""
+        """Return an endpoint of its own, its transport, for which `settings` are, and the partner."""
         world = World.of(attention=self._meeting.num_ranks, expert=0)
         rank = self._meeting.rank
         me, peer = world.ranks[rank], world.ranks[rank ^ 1]
@@ -216,7 +217,7 @@ class _Opener:
         self._stack.callback(endpoint.close)
         names = self._meeting.gather(endpoint.segment.name)
         endpoint.learn(peer, 1, names[rank ^ 1])
-        p2p = P2p(endpoint)
+        p2p = P2p(endpoint, **settings)
         self._stack.callback(p2p.close)
         p2p.accept(peer)
         return endpoint, p2p, peer

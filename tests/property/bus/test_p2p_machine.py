@@ -108,7 +108,7 @@ class P2pMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.sent)
     @rule(size=st.integers(READ_BYTES_MIN, 100_000), event_id=EVENTS)
     def send_now(self, size: int, event_id: int) -> None:
-        """By `send`: read in the sender's memory, from 32 KiB on shared, once the receiver has shown that it can."""
+        """By `send`: read in the sender's memory, from 16 KiB on shared, once the receiver has shown that it can."""
         x = (np.arange(size) + self.count).astype(np.uint8)
         before = self.receiver.receiver(A).stats()["num_pulled"]
         got = together(

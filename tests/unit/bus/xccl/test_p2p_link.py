@@ -100,6 +100,7 @@ def test_open_refuses_offsets_outside_the_mappings() -> None:
         "poll_ns": 1,
         "copy_lanes": 1,
         "read_bytes_min": 1,
+        "shared_bytes_min": 1,
         "pause_rounds": 1,
         "yield_ns": 1,
         "may_sleep": True,

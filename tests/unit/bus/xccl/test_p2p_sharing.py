@@ -16,13 +16,12 @@ from bus.memory import _native
 from bus.memory.layout import CELL_USED_BYTES, DOORBELL_OFFSET
 from bus.memory.ring import RECORD_BYTES, SLOTS_OFFSET, RingLayout
 from bus.xccl.endpoint import P2P_ACK_LANE
-from bus.xccl.p2p import SlowP2p
+from bus.xccl.p2p import SHARED_BYTES_MIN, SlowP2p
 from tests.harness.p2p_sides import A, B, Side, soon, together
 
 UNIT = 4096
 INVITED, TARGET, SHARES, HELPED = 12, 16, 24, 32
 DONE, FAILED = 1, 2
-SHARED_BYTES_MIN = 32 * 1024
 
 
 def bytes_of(seed: int, num_bytes: int) -> Any:
@@ -59,7 +58,9 @@ def await_helped(b: Side) -> int:
     return said
 
 
-@pytest.mark.parametrize("num_bytes", [SHARED_BYTES_MIN, SHARED_BYTES_MIN + 1, 123_457, 4 << 20])
+@pytest.mark.parametrize(
+    "num_bytes", [SHARED_BYTES_MIN - 1, SHARED_BYTES_MIN, SHARED_BYTES_MIN + 1, 28_000, 123_457, 4 << 20]
+)
 def test_shared_or_not_every_byte_arrives(readable: tuple[Side, Side], num_bytes: int) -> None:
     a, b = readable
     for seed in range(20):
