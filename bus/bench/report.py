@@ -16,9 +16,11 @@ median of the rounds' medians, low_us and high_us their range, p99_us the 99th p
 median of the rounds' means. Of the exchanges of a turn in `all-to-all`, `moe` and `kinds` the first four and the last
 are not timed: ranks begin and end a turn one after the other. Further: to_limit, median over blocks of p50 relative to
 the C limit's in the same milliseconds; to_ours and mean_to_ours, median over rounds of p50 and of the mean relative to
-ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps. Section `kinds` {ranks, form,
-batch, hidden, top_k} has the figures of ours with INT8 rows, and to_float32, its mean relative to that with float32
-rows in the same seconds: median over pairs of turns, with quartiles to_float32_low and to_float32_high.
+ours; mb_per_s, size / p50 (10^6 bytes); cpu_percent, CPU time of a waiter that sleeps; in collectives unevenness, the
+99th percentile of samples in medians of their rounds, and bare_unevenness, that of loops as long that only compute,
+played after each turn (bus/bench/bare.py). Section `kinds` {ranks, form, batch, hidden, top_k} has the figures of ours
+with INT8 rows, and to_float32, its mean relative to that with float32 rows in the same seconds: median over pairs of
+turns, with quartiles to_float32_low and to_float32_high.
 Section `thresholds` {threshold, size} has both paths of a message: setting, from how many bytes on the second one is
 chosen; to_other, of the path that is chosen: median over blocks of its p50 relative to the other path's in the same
 milliseconds.

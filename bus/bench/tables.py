@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from statistics import median
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ def render(report: Report) -> str:
         *plain_tables(report.of(ALL_TO_ALL)),
         *moe_tables(report.of(MOE)),
         *moe_summary(report.of(MOE)),
+        *moe_unevenness(report.of(MOE)),
         *kinds_tables(report.of(KINDS)),
         *routes.moe_lines(report, _shape),
         *trampoline_table(report),
@@ -110,6 +112,25 @@ def moe_summary(records: Sequence[Record]) -> list[str]:
                 cells[_group(group), peer] = f"{median(ratios):.1f} ({min(ratios):.1f})"
     title = "MoE shapes, time relative to ours: median over the shapes (least)"
     return [_table(title, [_group(group) for group in groups], peers, cells)]
+
+
+def moe_unevenness(records: Sequence[Record]) -> list[str]:
+    """Return p99 in medians, and of bare loops as long: medians over the shapes, by form, kind and ranks."""
+    ways = _unique(r.way for r in records if r.way != LIMIT)
+    groups = _unique((r.case["form"], r.case["kind"], r.case["ranks"]) for r in records)
+    cells = {}
+    for group, way in product(groups, ways):
+        some = [
+            r for r in records if (r.case["form"], r.case["kind"], r.case["ranks"], r.way) == (*group, way)
+        ]
+        pairs = [
+            (r.extra["unevenness"], r.extra["bare_unevenness"]) for r in some if "bare_unevenness" in r.extra
+        ]
+        if pairs:
+            own, bare = (median(column) for column in zip(*pairs, strict=True))
+            cells[_group(group), way] = f"{own:.2f}, {bare:.2f}: {median(a / b for a, b in pairs):.2f}"
+    title = "MoE shapes, p99 / p50, of bare loops as long (bus/bench/bare.py): their ratio; medians over the shapes"
+    return [_table(title, [_group(group) for group in groups], ways, cells)] if cells else []
 
 
 def kinds_tables(records: Sequence[Record]) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from bus.bench.bare import unevenness
 from bus.bench.rows import PERSISTENT
 from bus.bench.session import OURS, Case, Record, Session
 from bus.bench.stats import figures, mean_ratio, median_ratio, repetitions
@@ -18,6 +21,8 @@ def open_rows(session: Session, section: str) -> dict[str, str]:
         found = session.ask(section, name, what="open_rows", options=session.options(name))
         if found is not None:
             ways.update(dict.fromkeys(found[0], name))
+    if OURS in session.groups:
+        session.ask(section, OURS, what="open_bare")
     return ways
 
 
@@ -31,6 +36,7 @@ def play_case(
         count = set_up(session, section, way, ways[way], case)
         if count is not None:
             counts[way], samples[way] = count, []
+    bare: dict[str, list[list[float]]] = {way: [] for way in samples}
     for _ in range(session.plan.rounds):
         for way in list(samples):
             found = ask(session, section, ways[way], what="measure", way=way, repetitions=counts[way])
@@ -38,6 +44,7 @@ def play_case(
                 del samples[way]
             else:
                 samples[way].append([ns for durations in found for ns in durations])
+                bare[way] += _play_bare(session, section, float(np.median(samples[way][-1])))
     for way in samples:
         ask(session, section, ways[way], what="finish", way=way)
     for way, rounds in samples.items():
@@ -45,7 +52,17 @@ def play_case(
         extra = {}
         if ours is not None:
             extra = {"to_ours": median_ratio(rounds, ours), "mean_to_ours": mean_ratio(rounds, ours)}
+        extra["unevenness"] = unevenness(rounds)
+        if bare[way]:
+            extra["bare_unevenness"] = unevenness(bare[way])
         session.records.append(Record(section, way, shown, figures(rounds), extra))
+
+
+def _play_bare(session: Session, section: str, length_ns: float) -> list[list[float]]:
+    """Return a turn of bare loops of that length in the processes of ours; nothing if they are gone."""
+    count = repetitions(length_ns, session.plan.budget_s, low=REPETITIONS_MIN, high=REPETITIONS_MAX)
+    found = ask(session, section, OURS, what="bare", length_ns=length_ns, repetitions=count)
+    return [[float(ns) for ns in found[0]]] if found is not None else []
 
 
 def _supporting(session: Session, section: str, ways: Mapping[str, str], case: object) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
+from bus.bench.bare import BareLoops
 from bus.bench.meeting import Meeting, Message
 from bus.bench.pingpong import Link, play
 from bus.bench.rows import RowsWay
@@ -35,6 +36,7 @@ class Worker:
         self._meeting, self._stack = meeting, stack
         self._links: dict[str, Link] = {}
         self._rows: dict[str, RowsWay] = {}
+        self._bare: BareLoops | None = None
 
     def answer(self, command: Message) -> Any:
         """Do one command and return its result."""
@@ -94,6 +96,15 @@ class Worker:
     def do_measure(self, way: str, repetitions: int) -> list[int]:
         """Exchange so many times; return each duration, ns."""
         return self._rows[way].measure(repetitions)
+
+    def do_open_bare(self) -> None:
+        """Make what `do_bare` needs."""
+        self._bare = BareLoops(self._meeting, self._stack)
+
+    def do_bare(self, length_ns: float, repetitions: int) -> list[int]:
+        """Compute for so long, so many times; return each duration, ns."""
+        assert self._bare is not None
+        return self._bare.play(length_ns, repetitions)
 
     def do_finish(self, way: str) -> None:
         """Give the buffers of the shape back."""

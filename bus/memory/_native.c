@@ -543,6 +543,8 @@ static PyMethodDef methods[] = {
     ENTRY(wait_doorbell, "wait_doorbell(buf, offset, seen, spin_ns, timeout_ns) -> the current seq."),
     ENTRY(write_cell, "write_cell(buf, offset, w0, w1, w2, w3). w0 is the sequence word."),
     ENTRY(read_cell, "read_cell(buf, offset) -> (w0, w1, w2, w3), or None if empty or torn."),
+    ENTRY(bench_compute, "bench_compute(num_steps) -> ns that so many steps take."),
+    ENTRY(bench_meet, "bench_meet(buf, offset, side, num_steps, first, durations, timeout_ns) -> bool."),
     ENTRY(bench_pingpong, "bench_pingpong(buf, offset, side, private, first_round, durations, timeout_ns, is_rewritten) -> bool."),
     ENTRY(read_memory, "read_memory(pid, address, out). Copies from another process. OSError if it may not."),
     ENTRY(copy, "copy(dst, dst_offset, src, src_offset, num_bytes). Releases the GIL when long."),

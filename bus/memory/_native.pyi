@@ -74,6 +74,25 @@ def read_memory(pid: int, address: int, out: Buffer, /) -> None:
 def copy(dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, num_bytes: int, /) -> None:
     """Copy bytes; overlapping ranges behave like memmove. Releases the GIL from 16 KiB on."""
 
+def bench_compute(num_steps: int, /) -> int:
+    """Return the nanoseconds that a chain of so many multiplications takes. Releases the GIL."""
+
+def bench_meet(
+    buf: Buffer, offset: int, side: int, num_steps: int, first: int, durations: Buffer, timeout_ns: int, /
+) -> bool:
+    """Compute `num_steps`, then await the other side, spinning, for each element of `durations`; False = it is silent.
+
+    Args:
+        buf: shared; [offset, offset + 256) holds both flags, 128-byte aligned.
+        side: 0 or 1.
+        first: how many rounds were played on these flags before.
+        durations: u64 per round, filled with nanoseconds.
+        timeout_ns: for all rounds together.
+
+    Raises:
+        ValueError: a buffer is too small or unaligned.
+    """
+
 def bench_pingpong(
     buf: Buffer,
     offset: int,

@@ -222,6 +222,8 @@ HIDDEN PyObject *link_call(LinkEnd *end, PyObject *name, PyObject *argument, PyO
 extern HIDDEN PyObject *name_poll, *name_renew, *name_error, *name_refuse, *name_allocate, *name_plan;
 extern HIDDEN PyType_Spec send_end_spec, recv_end_spec;
 HIDDEN PyObject *read_memory(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+HIDDEN PyObject *bench_compute(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+HIDDEN PyObject *bench_meet(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *bench_pingpong(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 static inline void

@@ -19,6 +19,8 @@ from bus.errors import ConfigError
 ONE, IDLE = {"scenario": "one pair", "size": 64}, {"scenario": "sleeping waiter"}
 MOE = {"ranks": 4, "form": "A2E + E2A", "batch": 1, "hidden": 256, "top_k": 4, "kind": "int8"}
 
+UNEVEN = {"unevenness": 3.0, "bare_unevenness": 1.5}
+
 
 def report() -> Report:
     fast, slow = figures([[500, 1_500]]), figures([[2_000_000]])
@@ -29,7 +31,7 @@ def report() -> Report:
         Record("p2p", "pyzmq", dict(IDLE), slow, {"cpu_percent": 0.05}),
         Record("crowd", "pyzmq", {"scenario": "4 pairs", "size": 64}, slow, {"mb_per_s": 1.0}),
         Record("all-to-all", "MPICH", {"ranks": 4, "size": 4096}, slow, {"mean_to_ours": 2.5}),
-        Record("moe", "ours", dict(MOE), fast, {"to_ours": 1.0}),
+        Record("moe", "ours", dict(MOE), fast, {"to_ours": 1.0, **UNEVEN}),
         Record("moe", "MPICH", dict(MOE), slow, {"to_ours": 3.0}),
         Record("moe", "MPICH", {**MOE, "batch": 8}, slow, {"to_ours": 5.0}),
     ]
@@ -145,3 +147,10 @@ def test_the_limit_is_shown_by_its_mean_and_is_no_peer() -> None:
     text = render(given)
     assert "1.00 (0.25)" in text
     assert "limit" not in text[text.index("MoE shapes, time relative to ours") :].splitlines()[1]
+
+
+def test_unevenness_stands_beside_that_of_bare_loops() -> None:
+    text = render(report())
+    table = text[text.index("MoE shapes, p99 / p50") :].splitlines()
+    assert table[1].split() == ["ours", "MPICH"]
+    assert table[2].split() == ["A2E", "+", "E2A,", "int8,", "4", "ranks", "3.00,", "1.50:", "2.00"]
