@@ -234,7 +234,10 @@ class SendEnd(_LinkEnd):
     def _advance(self) -> bool:
         """Push what fits; tell whether the whole message is pushed."""
 
-    def _taken(self, tail: int, event_id: int, /) -> bool:
+    def _drops(self, event_id: int, /) -> int:
+        """Return how many messages the receiver has given up half-way, as far as it has told."""
+
+    def _taken(self, tail: int, event_id: int, drops_before: int, /) -> bool:
         """Tell whether the message that ended at `tail` was taken. PeerStalled: it was given up."""
 
     def await_taken(self, tail: int, event_id: int, deadline: Deadline, /) -> None:

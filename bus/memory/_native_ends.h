@@ -34,6 +34,7 @@ HIDDEN PyObject *send_send(PyObject *self, PyObject *const *args, Py_ssize_t nar
 HIDDEN PyObject *send_send_part(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *send_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *send_advance(PyObject *self, PyObject *unused);
+HIDDEN PyObject *send_drops(PyObject *self, PyObject *event);
 HIDDEN PyObject *send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *send_await_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 HIDDEN PyObject *send_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs);

@@ -196,9 +196,10 @@ push_all(LinkEnd *end, uint64_t event_id, int64_t deadline)
     return outcome;
 }
 
-/* 1: the message that ended at `tail` was taken; 0: not yet; -1: it was given up (a Python error is set). */
+/* 1: the message that ended at `tail` was taken; 0: not yet; -1: it was given up (a Python error is set). `drops_before`:
+ * what the receiver had given up when the message began. */
 static int
-is_taken(LinkEnd *end, uint64_t tail, uint64_t event_id)
+is_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, uint64_t drops_before)
 {
     if (send_look_at_ack(end, event_id) < 0) {
         return -1;
@@ -207,7 +208,7 @@ is_taken(LinkEnd *end, uint64_t tail, uint64_t event_id)
     if (end->other < tail) {
         return 0;
     }
-    if (end_taken == tail || (end_taken > tail && num_drops == end->num_drops_seen)) {
+    if (end_taken == tail || (end_taken > tail && num_drops == drops_before)) {
         return 1;
     }
     return link_error(end, STALLED, event_id, "it gave the message up half-way");
@@ -220,7 +221,7 @@ await_taken(LinkEnd *end, uint64_t tail, uint64_t event_id, int64_t deadline)
     if (end->offer != NULL && end->offered.size >= end->shared_bytes_min && link_reaches_peer(end)) {
         end->watch = &end->offer->is_invited;
     }
-    while ((outcome = is_taken(end, tail, event_id)) == 0) {
+    while ((outcome = is_taken(end, tail, event_id, end->num_drops_seen)) == 0) {
         if (end->watch != NULL && __atomic_load_n(end->watch, __ATOMIC_ACQUIRE) != 0) { /* SYNC: share-invite */
             end->watch = NULL;
             share_help(end);
@@ -330,20 +331,37 @@ send_advance(PyObject *self, PyObject *unused)
     return outcome < 0 ? NULL : PyBool_FromLong(outcome);
 }
 
+/* drops(event_id) -> how many messages the receiver has given up half-way. */
 PyObject *
-send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+send_drops(PyObject *self, PyObject *event)
 {
     LinkEnd *end = (LinkEnd *)self;
-    uint64_t tail, event_id;
-    if (check_count("taken", nargs, 2) < 0 || parse_unsigned(args[0], "tail", END_MASK, &tail) < 0 ||
-        parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0) {
+    uint64_t event_id;
+    if (parse_unsigned(event, "event_id", UINT64_MAX, &event_id) < 0) {
         return NULL;
     }
     if (!end->is_open) {
         PyErr_SetString(PyExc_RuntimeError, "link: it is closed");
         return NULL;
     }
-    int outcome = is_taken(end, tail, event_id);
+    return send_look_at_ack(end, event_id) < 0 ? NULL : PyLong_FromUnsignedLongLong(end->in_w2 >> END_BITS);
+}
+
+PyObject *
+send_taken(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    LinkEnd *end = (LinkEnd *)self;
+    uint64_t tail, event_id, drops_before;
+    if (check_count("taken", nargs, 3) < 0 || parse_unsigned(args[0], "tail", END_MASK, &tail) < 0 ||
+        parse_unsigned(args[1], "event_id", UINT64_MAX, &event_id) < 0 ||
+        parse_unsigned(args[2], "drops_before", UINT64_MAX, &drops_before) < 0) {
+        return NULL;
+    }
+    if (!end->is_open) {
+        PyErr_SetString(PyExc_RuntimeError, "link: it is closed");
+        return NULL;
+    }
+    int outcome = is_taken(end, tail, event_id, drops_before);
     return outcome < 0 ? NULL : PyBool_FromLong(outcome);
 }
 

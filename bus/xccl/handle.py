@@ -70,6 +70,7 @@ class SendHandle:
         self._array: npt.NDArray[Any] | None = array
         self._watch = _LockWatch(endpoint, peer, event_id)
         self._is_started = False
+        self._drops = 0  # messages that the receiver had given up when this one began
         self._segment: Segment | None = None  # of the incarnation that it goes to, once it is started
         self._tail: int | None = None  # where the message ends, once it is wholly pushed
         self._error: Exception | None = None
@@ -87,7 +88,7 @@ class SendHandle:
             raise self._error
         if self._is_started and self._channel.segment is not self._segment:
             raise self._endpoint.died(self.peer, self.event_id, "a newer incarnation has replaced it")
-        if self._tail is not None and self._channel._taken(self._tail, self.event_id):
+        if self._tail is not None and self._channel._taken(self._tail, self.event_id, self._drops):
             self._is_done = True
             return True
         if death is not None:
@@ -138,6 +139,7 @@ class SendHandle:
             except PeerStalled:  # no grant yet
                 return False
             self._is_started, self._segment = True, self._channel.segment
+            self._drops = self._channel._drops(self.event_id)
         if not self._channel._advance():
             return False
         self._tail, self._array = self._channel.tail, None

@@ -25,7 +25,9 @@ def test_two_sides_compute_and_meet() -> None:
         ]
         assert [future.result(60) for future in done] == [True, True]
     alone = min(_native.bench_compute(steps[1]) for _ in range(10))
-    assert all(np.all(found[1:] >= 0.5 * alone) for found in durations)
+    assert all(
+        found.sum() >= 0.5 * 50 * alone for found in durations
+    )  # of one: the other may have been interrupted
     flags = np.frombuffer(buf, np.uint64)
     assert (flags[128 // 8], flags[256 // 8]) == (57, 57)
 

@@ -7,6 +7,7 @@ import pytest
 
 from bus.clock import Deadline
 from bus.errors import EventMismatch, PeerDied, PeerStalled, Truncated
+from bus.xccl.handle import SendHandle
 from tests.harness.p2p_sides import A, B, Side, soon, together, two_sides
 
 
@@ -116,22 +117,41 @@ def test_a_handle_does_not_outlive_the_incarnation_it_went_to(sides: tuple[Side,
     again.close()
 
 
-def test_a_message_whose_receiver_gave_up_fails_even_after_a_later_one_was_taken(
-    sides: tuple[Side, Side],
-) -> None:
-    a, b = sides
-    first = a.p2p.isend(np.arange(200), B, 1)  # needs more slots than the ring has
+def give_up_half_way(a: Side, b: Side) -> SendHandle:
+    """Let `b` take the beginning of a message and skip the rest; return the sender's handle, which does not know."""
+    sent = a.p2p.isend(np.arange(200), B, 1)  # needs more slots than the ring has
     half = b.p2p.irecv(None, A, 1)
     assert not half.test()
     assert half.cancel()
     while a.p2p.sender(B).queue:
-        assert not first.test()
+        assert not sent.test()
         b.p2p.probe(A)  # skips what is left over
+    return sent
+
+
+def test_a_message_whose_receiver_gave_up_fails_even_after_a_later_one_was_taken(
+    sides: tuple[Side, Side],
+) -> None:
+    a, b = sides
+    first = give_up_half_way(a, b)
     second = a.p2p.isend(np.arange(2), B, 2)
     assert len(b.p2p.recv(None, A, 2, soon())) == 2
     with pytest.raises(PeerStalled, match="gave the message up"):
         first.test()
     assert second.test()
+
+
+def test_nor_does_a_send_that_returned_make_it_look_taken(sides: tuple[Side, Side]) -> None:
+    a, b = sides
+    first = give_up_half_way(a, b)
+    together(lambda: a.p2p.send(np.arange(2), B, 2, soon()), lambda: b.p2p.recv(None, A, 2, soon()))
+    with pytest.raises(PeerStalled, match="gave the message up"):
+        first.test()
+    third = a.p2p.isend(np.arange(3), B, 3)  # what was given up before it began does not concern it
+    fourth = a.p2p.isend(np.arange(4), B, 4)
+    assert [len(b.p2p.recv(None, A, event, soon())) for event in (3, 4)] == [3, 4]
+    assert third.test()
+    assert fourth.test()
 
 
 def test_probe_tells_what_comes_and_takes_nothing(sides: tuple[Side, Side]) -> None:

@@ -29,9 +29,9 @@ def test_reserve_and_peek_copy_nothing(sides: tuple[Side, Side], shape: tuple[in
     if shape:
         slot[...] = 2.5
         assert (seen == 2.5).all(), "both ends look at the same bytes"
-    assert not a.p2p.sender(B)._taken(tail, 4)
+    assert not a.p2p.sender(B)._taken(tail, 4, 0)
     b.p2p.release(A, 4)
-    assert a.p2p.sender(B)._taken(tail, 4)
+    assert a.p2p.sender(B)._taken(tail, 4, 0)
     with pytest.raises(RuntimeError, match="no record"):
         b.p2p.release(A, 4)
 
