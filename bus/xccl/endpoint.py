@@ -174,7 +174,7 @@ class Endpoint:
             self._addresses[rank] = Address(incarnation, segment)
             for watcher in tuple(self._watchers):
                 watcher(rank)
-            if known is not None:
+            if known is not None and not self.segment.closed:
                 self.segment.sound_alarm()  # whoever waits for the incarnation before waits in vain
 
     def watch(self, watcher: Callable[[Rank], None]) -> None:

@@ -136,6 +136,6 @@ def test_a_sender_survives_any_acknowledgement(acks: list[tuple[int, int, int, i
                 p2p.send(np.zeros(100 * size), B, 1, Deadline.after_ms(0))
             tail = p2p.sender(B).tail
             with contextlib.suppress(BusError):
-                p2p.sender(B)._taken(tail, 1)
+                p2p.sender(B)._taken(tail, 1, 0)
         p2p.close()
         receiver.close()

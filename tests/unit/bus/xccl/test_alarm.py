@@ -190,3 +190,10 @@ def test_looks_become_rarer() -> None:
         interval = next_look_ns(interval, 20 * NS_PER_MS)
     assert found == [20, 40, 80, 160, 320, 640, 640]
     assert LOOK_TIMES_MAX == 32
+
+
+def test_an_address_that_comes_after_the_end_is_harmless(pod: str) -> None:
+    a, b = two_sides(pod, Blocking(), config=NEVER_LOOKS)
+    b.close()
+    b.endpoint.learn(A, 2, a.endpoint.segment.name + "0")
+    a.close()
