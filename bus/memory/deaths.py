@@ -31,6 +31,7 @@ from bus.memory.inotify import ATTRIB, CLOSE_WRITE, OVERFLOW, Inotify
 
 FALLBACK_INTERVAL_NS = 20 * NS_PER_MS
 RECHECK_NS = tuple(ms * NS_PER_MS for ms in (1, 2, 4, 8, 16))
+NO_LOOK_DUE = len(RECHECK_NS) + 1  # one at the event, and all of these
 
 
 class Watched(Protocol):
@@ -60,8 +61,8 @@ class _File:
 
     peers: list[Watched]
     watch: int = -1  # of inotify; -1 = the kernel gave none
-    num_rechecks: int = len(RECHECK_NS)  # done since the last event; all = none is due
-    recheck_at: int = 0
+    num_looks: int = NO_LOOK_DUE  # since the last event
+    look_at: int = 0  # the next one
     is_dead: bool = False
 
 
@@ -245,7 +246,7 @@ class DeathWatch:
             self._counts.num_events += 1
             lost = mask & OVERFLOW
             for file in self._files.values() if lost else filter(None, [machinery.files_by_watch.get(watch)]):
-                file.num_rechecks, file.recheck_at = 0, now
+                file.num_looks, file.look_at = 0, now
         num_deaths = sum(self._has_died(file, now) for file in tuple(self._files.values()))
         if num_deaths:
             self._counts.num_deaths += num_deaths
@@ -263,16 +264,16 @@ class DeathWatch:
         if file.watch < 0:
             self._counts.num_fallback_looks += 1
             return True
-        if file.num_rechecks > len(RECHECK_NS) or now < file.recheck_at:
+        if file.num_looks == NO_LOOK_DUE or now < file.look_at:
             return False
-        if file.num_rechecks < len(RECHECK_NS):
-            file.recheck_at = now + RECHECK_NS[file.num_rechecks]
-        file.num_rechecks += 1
+        if file.num_looks < len(RECHECK_NS):
+            file.look_at = now + RECHECK_NS[file.num_looks]
+        file.num_looks += 1
         return True
 
     def _next_look_ms(self, now: int) -> float | None:
         living = [file for file in self._files.values() if not file.is_dead]
-        waits = [file.recheck_at - now for file in living if file.num_rechecks <= len(RECHECK_NS)]
+        waits = [file.look_at - now for file in living if file.num_looks != NO_LOOK_DUE]
         waits += [FALLBACK_INTERVAL_NS for file in living if file.watch < 0][:1]
         return max(0.0, min(waits) / NS_PER_MS) if waits else None
 
