@@ -7,6 +7,7 @@ and has its instructions carried out, `_watch` looks at locks and time.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 import structlog
@@ -25,7 +26,7 @@ Event = TypeVar("Event")
 log = structlog.get_logger(__name__)
 
 
-class CoreProcess(Generic[Event]):
+class CoreProcess(ABC, Generic[Event]):
     """Subclasses say what messages mean (`event_of`), what to do with events (`decide`), whom to watch (`watch`)."""
 
     def __init__(self, config: PodConfig, router: Router) -> None:
@@ -36,22 +37,22 @@ class CoreProcess(Generic[Event]):
         self._has_events = asyncio.Event()
         self._garbage = ManagedGc(config.runtime.gc)
 
+    @abstractmethod
     def event_of(self, peer: Peer, message: Message) -> Event | None:
         """Return what the message means, None when this peer may not say it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(self, events: list[Event]) -> None:
         """Hand events to the core and do what it says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(self) -> None:
         """Look at locks and time; called now and then."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_idle(self) -> bool:
         """Whether nobody waits for a death to be noticed: the pod map tells of it, or the next plan that fails."""
-        raise NotImplementedError
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -8,6 +8,12 @@
 
 #define COUNTER(name) {#name, T_ULONGLONG, offsetof(LinkEnd, name), READONLY, NULL}
 
+/* Of both ends. */
+#define COUNTERS                                                                                                        \
+    COUNTER(num_messages), COUNTER(num_bytes), COUNTER(num_chunks), COUNTER(num_pulled), COUNTER(num_waits),            \
+        COUNTER(num_pause_wins), COUNTER(num_yield_wins), COUNTER(num_sleeps), COUNTER(num_lane_blocks),                \
+        COUNTER(num_shared_bytes), COUNTER(num_moves)
+
 /* ---------------------------------------------------------------- the sender */
 
 static PyObject *
@@ -48,17 +54,7 @@ static PyMemberDef send_members[] = {
     {"tail", T_ULONGLONG, offsetof(LinkEnd, position), READONLY, "One past the last pushed slot."},
     {"slot_bytes", T_ULONGLONG, offsetof(LinkEnd, slot_bytes), READONLY, "Payload of a slot."},
     {"is_retired", T_BOOL, offsetof(LinkEnd, is_retired), 0, "Open again before the next message."},
-    COUNTER(num_messages),
-    COUNTER(num_bytes),
-    COUNTER(num_chunks),
-    COUNTER(num_pulled),
-    COUNTER(num_waits),
-    COUNTER(num_pause_wins),
-    COUNTER(num_yield_wins),
-    COUNTER(num_sleeps),
-    COUNTER(num_lane_blocks),
-    COUNTER(num_shared_bytes),
-    COUNTER(num_moves),
+    COUNTERS,
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -106,18 +102,8 @@ static PyMethodDef recv_methods[] = {
 static PyMemberDef recv_members[] = {
     {"head", T_ULONGLONG, offsetof(LinkEnd, position), READONLY, "The next slot to read."},
     {"is_retired", T_BOOL, offsetof(LinkEnd, is_retired), 0, "Open again before the next message."},
-    COUNTER(num_messages),
-    COUNTER(num_bytes),
-    COUNTER(num_chunks),
-    COUNTER(num_pulled),
     COUNTER(num_drops),
-    COUNTER(num_waits),
-    COUNTER(num_pause_wins),
-    COUNTER(num_yield_wins),
-    COUNTER(num_sleeps),
-    COUNTER(num_lane_blocks),
-    COUNTER(num_shared_bytes),
-    COUNTER(num_moves),
+    COUNTERS,
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -23,7 +23,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from bus.clock import NS_PER_MS, now_ns
@@ -66,17 +66,10 @@ class _File:
     is_dead: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeathStats:
     """Counters of a process: events of watched files, owners found dead, looks that no event was the reason of."""
 
-    num_events: int
-    num_deaths: int
-    num_fallback_looks: int
-
-
-@dataclass(slots=True)
-class _Counts:
     num_events: int = 0
     num_deaths: int = 0
     num_fallback_looks: int = 0
@@ -117,7 +110,7 @@ class DeathWatch:
         self._own: list[Alarmed] = []
         self._files: dict[str, _File] = {}
         self._machinery: _Machinery | None = None
-        self._counts = _Counts()
+        self._counts = DeathStats()
 
     def subscribe(self, own: Alarmed) -> None:
         """Tell `own` of deaths from now on."""
@@ -155,16 +148,15 @@ class DeathWatch:
                 self._drop(file)
 
     def stats(self) -> DeathStats:
-        """Return the counters since the process began."""
+        """Return a copy of the counters since the process began."""
         with self._lock:
-            counts = self._counts
-            return DeathStats(counts.num_events, counts.num_deaths, counts.num_fallback_looks)
+            return replace(self._counts)
 
     def begin_anew(self) -> None:
         """Forget everything, in a forked child: the thread is the parent's, and so are the mappings."""
         machinery, self._machinery = self._machinery, None
         self._lock = threading.RLock()
-        self._own, self._files, self._counts = [], {}, _Counts()
+        self._own, self._files, self._counts = [], {}, DeathStats()
         if machinery is not None:
             machinery.close()
 
